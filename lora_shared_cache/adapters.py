@@ -1,0 +1,249 @@
+"""What PEFT's layers say about the loaded adapters: who is active, what they weigh, whether their content changed.
+
+Reads PEFT's LoRA layers (the same classes serve ``PeftModel`` and Transformers' own ``load_adapter``) and refuses, by
+name, what a split cache can't express. It changes nothing in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .errors import UnsupportedAdapterError
+
+# PEFT's placeholder for the base model in `adapter_names`.
+BASE_MODEL = "__base__"
+
+Agent = tuple[str, ...]
+"""The active adapters, sorted; the empty tuple is the base model."""
+
+# Initialisations that move a part of the base weight into the adapter: with such an adapter, and any other, PEFT's base
+# model is no longer the base of both.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+def agent_name(agent: Agent) -> str:
+    """The agent as a text: "plan", "plan+act" or "__base__"."""
+    return "+".join(agent) if agent else BASE_MODEL
+
+
+@dataclass(frozen=True)
+class DownProjection:
+    """The stacked down-projections of some adapters on one linear layer, for ``a = A x``.
+
+    Attributes:
+        weight: (r, in_features), the A's of the adapters below each other.
+        ones: a last column of ones is appended to ``a``; it carries ``lora_bias`` through the same product as B.
+    """
+
+    weight: torch.Tensor
+    ones: bool
+
+    @property
+    def rank(self) -> int:
+        """Columns of ``a``."""
+        return self.weight.shape[0] + int(self.ones)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, n, in_features) -> (B, n, rank), in the dtype of A, as PEFT computes it."""
+        a = nn.functional.linear(x.to(self.weight.dtype), self.weight)
+        return torch.cat((a, a.new_ones(*a.shape[:-1], 1)), dim=-1) if self.ones else a
+
+
+def names_on(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that have a LoRA on this linear layer."""
+    return [name for name in names if name in module.lora_A] if isinstance(module, LoraLayer) else []
+
+
+def down_projection(module: LoraLayer, names: Sequence[str]) -> DownProjection:
+    """The A's of adapters ``names`` (each on this layer), stacked."""
+    weights = [module.lora_A[name].weight for name in names]
+    weight = weights[0] if len(weights) == 1 else torch.cat([w.to(weights[0].dtype) for w in weights])
+    return DownProjection(weight.detach(), any(module.lora_bias.get(name, False) for name in names))
+
+
+def up_projection(module: LoraLayer, names: Sequence[str], head_dim: int, shared: bool, ones: bool) -> torch.Tensor:
+    """The B's of ``names`` times their scaling, split into heads.
+
+    Args:
+        names: adapters, each on this layer.
+        head_dim: D.
+        shared: the adapters have one A in common: their B's are added; otherwise they stand below each other, as the
+            A's do in :func:`down_projection`.
+        ones: a last row with the scaled ``lora_bias`` follows.
+
+    Returns:
+        (Hk, r, D) float32 (float64 for float64 adapters).
+    """
+    dtype = torch.float64 if module.lora_B[names[0]].weight.dtype == torch.float64 else torch.float32
+    rows = [module.lora_B[name].weight.detach().to(dtype).T * module.scaling[name] for name in names]
+    up = torch.stack(rows).sum(0) if shared and len(rows) > 1 else torch.cat(rows)
+    if ones:
+        bias = up.new_zeros(1, up.shape[1])
+        for name in names:
+            if module.lora_B[name].bias is not None:
+                bias = bias + module.lora_B[name].bias.detach().to(dtype) * module.scaling[name]
+        up = torch.cat((up, bias))
+    return up.view(up.shape[0], -1, head_dim).transpose(0, 1).contiguous()
+
+
+def content_tensors(lora_layers: Iterable[tuple[str, LoraLayer]], name: str) -> tuple[list[torch.Tensor], list[float]]:
+    """All tensors of an adapter, and its scalings, in module order."""
+    tensors: list[torch.Tensor] = []
+    scalings: list[float] = []
+    for _, module in lora_layers:
+        if name not in module.scaling:
+            continue
+        scalings.append(float(module.scaling[name]))
+        for container in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
+            if name in container:
+                tensors.extend(container[name].parameters())
+        for container in (module.lora_embedding_A, module.lora_embedding_B):
+            if name in container:
+                tensors.append(container[name])
+    return [t.detach() for t in tensors], scalings
+
+
+def version(tensors: Iterable[torch.Tensor]) -> int:
+    """Grows with every in-place change that PyTorch counts (optimiser steps, ``copy_``; not ``.data`` and hot-swaps)."""
+    return sum(0 if t.is_inference() else t._version for t in tensors)
+
+
+def digest(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """128 bits of the tensors' content, computed where they are, with one synchronisation.
+
+    Raises:
+        UnsupportedAdapterError: for a tensor on the meta device (an offloaded adapter).
+    """
+    words: dict[torch.device, list[torch.Tensor]] = {}
+    for t in tensors:
+        if t.device.type == "meta":
+            raise UnsupportedAdapterError(
+                "an adapter's weights are offloaded (meta device); load them on the model's device"
+            )
+        flat = t.detach().contiguous().view(-1)
+        if flat.numel() == 0:
+            continue
+        size = flat.numel() * flat.element_size()
+        kind = torch.int64 if size % 8 == 0 and flat.data_ptr() % 8 == 0 else _INTEGER_OF_SIZE[flat.element_size()]
+        words.setdefault(t.device, []).append(flat.view(kind).to(torch.int64))
+    first = second = len(tensors)
+    for device, parts in words.items():
+        joined = torch.cat(parts)
+        weights = torch.arange(1, joined.numel() + 1, device=device, dtype=torch.int64) * -0x61C8864680B583EB
+        mixed = joined ^ (joined >> 29)
+        pair = torch.stack(((joined * (weights | 1)).sum(), (mixed * ((weights >> 7) | 1)).sum())).tolist()
+        first, second = first * 31 + pair[0], second * 31 + pair[1]
+    return first, second
+
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_expressible(path: str, module: nn.Module, names: Iterable[str]) -> None:
+    """Refuse what the split can't express on one ``k_proj`` or ``v_proj``.
+
+    Raises:
+        UnsupportedAdapterError: with the module's path, the adapter and the feature.
+    """
+    if not isinstance(module, BaseTunerLayer):
+        return
+    if isinstance(module, ParamWrapper):
+        raise UnsupportedAdapterError(
+            f"{path}: LoRA through target_parameters has no down-projection; use target_modules"
+        )
+    if not isinstance(module, LoraLayer):
+        raise UnsupportedAdapterError(
+            f"{path} is adapted by {type(module).__name__}, which is not LoRA. Only LoRA on k_proj and v_proj can be split; "
+            "use target_modules without them, or a DynamicCache per adapter"
+        )
+    for name in names_on(module, names):
+        if module.use_dora.get(name, False):
+            raise UnsupportedAdapterError(
+                f"{path}: adapter {name!r} uses DoRA, which rescales base and low-rank part together. Train it without DoRA on "
+                "k_proj and v_proj, or use a DynamicCache per adapter"
+            )
+        if name in module.lora_variant:
+            variant = module.lora_variant[name]
+            variant_name = variant.__name__ if isinstance(variant, type) else type(variant).__name__
+            raise UnsupportedAdapterError(
+                f"{path}: adapter {name!r} uses {variant_name}, which the split can't express"
+            )
+        weight = getattr(module.lora_B[name], "weight", None)
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+            raise UnsupportedAdapterError(f"{path}: the up-projection of adapter {name!r} is not a plain weight matrix")
+
+
+def check_not_merged(lora_layers: Iterable[tuple[str, LoraLayer]]) -> None:
+    """Refuse merged adapters: their base weights are no longer the base.
+
+    Raises:
+        UnsupportedAdapterError: with the first merged layer and its adapters.
+    """
+    for path, module in lora_layers:
+        if module.merged_adapters and not module.disable_adapters:
+            raise UnsupportedAdapterError(
+                f"{path}: adapters {module.merged_adapters} are merged into the base weights, so base and low-rank part can't "
+                "be told apart. Call model.unmerge_adapter() first"
+            )
+
+
+def check_no_dropout(lora_layers: Iterable[tuple[str, LoraLayer]], agent: Agent) -> None:
+    """Refuse LoRA dropout in training mode.
+
+    Raises:
+        UnsupportedAdapterError: with the layer, the adapter and its dropout.
+    """
+    for path, module in lora_layers:
+        for name in agent:
+            dropout = module.lora_dropout[name] if name in module.lora_dropout else None
+            if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
+                raise UnsupportedAdapterError(
+                    f"{path}: adapter {name!r} is in training mode with lora_dropout={dropout.p}; what is cached would be "
+                    "random. Call model.eval()"
+                )
+
+
+def check_model_wide(model: nn.Module, peft_config: dict, names: Sequence[str]) -> None:
+    """Refuse adapters under which the base itself differs.
+
+    Args:
+        model: the top Transformers model.
+        peft_config: adapter name -> config; configs that are no PEFT config objects are ignored.
+        names: the adapters that were loaded.
+
+    Raises:
+        UnsupportedAdapterError: with the adapter and the setting.
+    """
+    for name, config in peft_config.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise UnsupportedAdapterError(
+                f"adapter {name!r} is {config.peft_type}: its virtual tokens are not part of the trajectory. Only LoRA can "
+                "share a cache"
+            )
+        bias = getattr(config, "bias", "none")
+        if bias != "none":
+            raise UnsupportedAdapterError(
+                f"adapter {name!r} was trained with bias={bias!r}, which changes the base model's biases. Use bias='none' or "
+                "lora_bias=True"
+            )
+        init = getattr(config, "init_lora_weights", True)
+        if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS) and len(names) > 1:
+            raise UnsupportedAdapterError(
+                f"adapter {name!r} was initialised with {init!r}, which changes the base weights for all {len(names)} adapters. "
+                "Convert it to plain LoRA (save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            )
+    output_embeddings = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and module is not output_embeddings:
+            raise UnsupportedAdapterError(
+                f"{path}: adapters replace this module ({type(module).__name__}, from modules_to_save or "
+                "trainable_token_indices), so they disagree about the base. Train without it"
+            )

@@ -1,0 +1,190 @@
+"""``attach`` and ``detach``: instance-level ``forward`` methods on the decoder, its attention layers and k/v projections.
+
+Nothing is patched on a class and nothing is stored in the model's weights; :func:`detach` removes every attribute
+again. While no :class:`SharedLoRACache` is in play each replaced method calls the original at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import adapters as peft_adapters
+from .attachment import (
+    PROJECTIONS,
+    Attachment,
+    AttentionLayer,
+    ModuleRecord,
+    call_original,
+    record_of,
+    replace_forward,
+    restore_forward,
+    thin,
+)
+from .attention import register_attention
+from .errors import SharedCacheError, UnsupportedModelError
+from .forward import run_attention_layer, run_decoder, shared_cache_in
+from .generation import run_generate
+from .scopes import layer_scope
+
+_GENERATE_RECORD = "_lora_shared_cache_generate"
+
+
+def attach(model: nn.Module) -> nn.Module:
+    """Prepare a model for :class:`SharedLoRACache`. Called automatically at a cache's first use.
+
+    Needed by hand only before ``torch.compile``. Idempotent; a model that runs without a :class:`SharedLoRACache`
+    behaves as before. :func:`detach` undoes it.
+
+    Args:
+        model: a ``PeftModel``, or a Transformers model with or without adapters of its own ``load_adapter``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: the model has attention layers whose keys and values do not come from ``k_proj`` and
+            ``v_proj``, or none at all.
+    """
+    register_attention()
+    root = _unwrap(model)
+    attachment = attachment_of(root)
+    if attachment is not None:
+        attachment.refresh()
+        return model
+    if getattr(root.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(root).__name__} is an encoder-decoder model; only decoders can share a cache"
+        )
+    modules = _attention_layers(root)
+    unknown = [path for path, m in modules.items() if not all(hasattr(m, which) for which in PROJECTIONS)]
+    if unknown or not modules:
+        where = f"{unknown[0]} ({type(modules[unknown[0]]).__name__})" if unknown else type(root).__name__
+        raise UnsupportedModelError(
+            f"{where} has no attention with separate k_proj and v_proj, which SharedLoRACache needs (fused projections and "
+            "latent attention are not supported). Use a DynamicCache per adapter"
+        )
+    decoder = _decoder_of(root, modules)
+    attachment = Attachment(root, decoder)
+    layer_types = getattr(decoder.config, "layer_types", None)
+    for path, module in modules.items():
+        index = int(module.layer_idx)
+        if index in attachment.layers:
+            raise UnsupportedModelError(
+                f"{path} and {attachment.layers[index].path} both write layer {index} of the cache"
+            )
+        rope_key = layer_types[index] if layer_types is not None and index < len(layer_types) else ""
+        attachment.layers[index] = AttentionLayer(module, path, index, rope_key, attachment)
+    if sorted(attachment.layers) != list(range(len(attachment.layers))):
+        raise UnsupportedModelError(
+            f"{type(root).__name__} has attention in layers {sorted(attachment.layers)} only; the other layers keep a state "
+            "that can't be shared"
+        )
+    # Refuse before anything is changed.
+    names = tuple(getattr(root, "peft_config", {}) or {})
+    peft_adapters.check_model_wide(root, getattr(root, "peft_config", {}) or {}, names)
+    replace_forward(decoder, ModuleRecord(attachment), _decoder_forward)
+    for layer in attachment.layers.values():
+        replace_forward(layer.module, ModuleRecord(layer), _attention_forward)
+    if hasattr(type(root), "generate"):
+        root.__dict__[_GENERATE_RECORD] = ModuleRecord(attachment, root.__dict__.get("generate"))
+        root.__dict__["generate"] = MethodType(functools.wraps(type(root).generate)(thin(_generate)), root)
+    attachment.refresh()
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Restore a model as it was before :func:`attach`. A model that is not attached is left alone.
+
+    Raises:
+        SharedCacheError: while a forward pass with a shared cache is running in another thread.
+    """
+    root = _unwrap(model)
+    attachment = attachment_of(root)
+    if attachment is None:
+        return model
+    if attachment.active:
+        raise SharedCacheError("detach was called while a forward pass with a SharedLoRACache is running")
+    root = attachment.root
+    for module in root.modules():
+        restore_forward(module)
+    record = root.__dict__.pop(_GENERATE_RECORD, None)
+    if record is not None:
+        if record.original is None:
+            root.__dict__.pop("generate", None)
+        else:
+            root.__dict__["generate"] = record.original
+    attachment.layers.clear()
+    return model
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """The attachment of a model (or of a part of an attached model), or None if it is not attached."""
+    root = _unwrap(model)
+    for module in root.modules():
+        record = record_of(module)
+        if isinstance(record, ModuleRecord) and isinstance(record.owner, Attachment):
+            return record.owner
+    return None
+
+
+def _unwrap(model: nn.Module) -> PreTrainedModel:
+    root = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(root, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"attach needs a Transformers model or a PeftModel around one, got {type(model).__name__}"
+        )
+    return root
+
+
+def _attention_layers(root: PreTrainedModel) -> dict[str, nn.Module]:
+    found = {}
+    for path, module in root.named_modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and "attention" in type(module).__name__.lower():
+            found[path] = module
+    return found
+
+
+def _decoder_of(root: PreTrainedModel, paths: Iterable[str]) -> PreTrainedModel:
+    decoder, depth = root, -1
+    for path, module in root.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, PreTrainedModel) and all(p.startswith(prefix) for p in paths) and len(prefix) > depth:
+            decoder, depth = module, len(prefix)
+    return decoder
+
+
+def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    cache = shared_cache_in(args, kwargs)
+    if cache is None:
+        if layer_scope.get() is None:
+            return call_original(self, *args, **kwargs)
+        with layer_scope(None):
+            return call_original(self, *args, **kwargs)
+    return run_attention_layer(record_of(self).owner, cache, args, kwargs)
+
+
+def _decoder_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    cache = shared_cache_in(args, kwargs)
+    if cache is None:
+        return call_original(self, *args, **kwargs)
+    if args:
+        parameters = list(inspect.signature(type(self).forward).parameters)[1:]
+        kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    return run_decoder(record_of(self).owner, cache, kwargs)
+
+
+def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    record = self.__dict__[_GENERATE_RECORD]
+    original = type(self).generate.__get__(self) if record.original is None else record.original
+    cache = shared_cache_in((), kwargs)
+    if cache is None:
+        return original(*args, **kwargs)
+    return run_generate(record.owner, cache, original, args, kwargs)

@@ -1,0 +1,348 @@
+"""What is known of an attached model: its decoder, attention layers and adapters, and how a ``forward`` is replaced.
+
+Replaced are instance attributes only, never a class. Who replaces what is in ``attach.py``; what a forward pass does
+with a shared cache is in ``forward.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import adapters as peft_adapters
+from .adapters import Agent
+from .attention import ATTENTION_NAME, forget_original, remember_original
+from .errors import UnsupportedAdapterError, UnsupportedModelError
+from .layout import NO_ROTATION, LayoutProbe, RotaryLayout, find_layout
+from .policies import DownDigests
+from .scopes import layer_scope
+
+# The attribute that marks an attached module and holds its record.
+_RECORD = "_lora_shared_cache"
+PROJECTIONS = ("k_proj", "v_proj")
+
+# Guards the switch of a config's attention implementation; module level, so that models stay copyable.
+_switch_lock = threading.Lock()
+
+
+@dataclass
+class AttentionLayer:
+    """What is known of one attention layer.
+
+    Attributes:
+        module: the attention module.
+        path: its name in the top model.
+        layer_idx: its index in the cache.
+        rope_key: layers with the same key get the same cos/sin (the layer type).
+        attachment: the model's attachment.
+        layout: how keys are rotated; None until the first shared forward pass tried it out.
+    """
+
+    module: nn.Module
+    path: str
+    layer_idx: int
+    rope_key: str
+    attachment: Attachment
+    layout: RotaryLayout | None = None
+    probed: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Path and class, for messages."""
+        return f"{self.path} ({type(self.module).__name__})"
+
+    def projection(self, which: str) -> nn.Module:
+        """The module ``k_proj`` or ``v_proj`` as it is now (PEFT replaces it when the first adapter comes)."""
+        return getattr(self.module, which)
+
+    def out_features(self, which: str) -> int:
+        """Output width Hk * D of ``k_proj`` or ``v_proj``."""
+        projection = self.projection(which)
+        return projection.out_features
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return int(self.module.head_dim)
+
+    def find_layout(self, kwargs: dict[str, Any]) -> None:
+        """Try the layer out, once for each set of adapted projections.
+
+        Raises:
+            UnsupportedModelError: the layer can't be expressed as base + low-rank part.
+        """
+        adapted = tuple(which for which in PROJECTIONS if isinstance(self.projection(which), LoraLayer))
+        if self.layout is not None and self.probed == adapted:
+            return
+        if not adapted:
+            self.layout, self.probed = NO_ROTATION, adapted
+            return
+        if not isinstance(getattr(self.module, "head_dim", None), int):
+            raise UnsupportedModelError(f"{self.name}: it has no head_dim, so its keys can't be split into heads")
+        widths = {which: self.out_features(which) for which in adapted}
+        forward = functools.partial(call_original, self.module)
+        self.layout = find_layout(self.name, forward, kwargs, widths, self.head_dim)
+        self.probed = adapted
+
+
+@dataclass
+class Attachment:
+    """One attached model.
+
+    Attributes:
+        root: the outermost Transformers model (what ``generate`` is called on).
+        decoder: the innermost model that holds the attention layers and creates their masks.
+        layers: the attention layers by cache index.
+        lora_layers: (path, layer) of every LoRA layer of the model.
+        originals: (config, attention implementation) as they were.
+        active: shared forward passes under way; the attention implementation is ours while there is one.
+    """
+
+    root: PreTrainedModel
+    decoder: PreTrainedModel
+    layers: dict[int, AttentionLayer] = field(default_factory=dict)
+    lora_layers: list[tuple[str, LoraLayer]] = field(default_factory=list)
+    originals: list[tuple[Any, str]] = field(default_factory=list)
+    active: int = 0
+    _structure: Any = None
+    _tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    _weights: dict[Any, Any] = field(default_factory=dict)
+    _digests: dict[str, Any] = field(default_factory=dict)
+
+    # ---- structure -------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> bool:
+        """Look again at the model's adapters if any was added, deleted or replaced; returns whether that was so."""
+        structure = (
+            tuple(getattr(self.root, "peft_config", {}) or {}),
+            tuple(id(layer.projection(which)) for layer in self.layers.values() for which in PROJECTIONS),
+            tuple(self.lora_layers[0][1].scaling) if self.lora_layers else (),
+        )
+        if structure == self._structure:
+            return False
+        self.lora_layers = [(path, m) for path, m in self.root.named_modules() if isinstance(m, LoraLayer)]
+        for layer in self.layers.values():
+            for which in PROJECTIONS:
+                projection = layer.projection(which)
+                if isinstance(projection, LoraLayer):
+                    replace_forward(projection, ProjectionRecord(layer, which), _projection_forward)
+        structure = (
+            structure[0],
+            structure[1],
+            tuple(self.lora_layers[0][1].scaling) if self.lora_layers else (),
+        )
+        self._structure = structure
+        self.forget_weights()
+        return True
+
+    def adapters(self) -> tuple[str, ...]:
+        """Names of all adapters that have a LoRA layer, sorted."""
+        return tuple(sorted({name for _, module in self.lora_layers for name in module.scaling}))
+
+    def adapters_on_keys_or_values(self) -> tuple[str, ...]:
+        """Names of the adapters with a LoRA on some ``k_proj`` or ``v_proj``, sorted."""
+        names: set[str] = set()
+        for layer in self.layers.values():
+            for which in PROJECTIONS:
+                projection = layer.projection(which)
+                if isinstance(projection, LoraLayer):
+                    names.update(projection.lora_A)
+        return tuple(sorted(names))
+
+    def agent(self) -> Agent:
+        """Who is active now: sorted adapter names, or () for the base model."""
+        for _, module in self.lora_layers:
+            if module.disable_adapters:
+                return ()
+            known = self.adapters() if len(module.active_adapters) > 1 else None
+            return tuple(sorted(n for n in module.active_adapters if known is None or n in known))
+        return ()
+
+    # ---- content ---------------------------------------------------------------------------------------------------
+
+    def forget_weights(self) -> None:
+        """Drop everything computed from adapter weights."""
+        self._tensors.clear()
+        self._weights.clear()
+        self._digests.clear()
+
+    def weights_version(self, names: Iterable[str]) -> int:
+        """Changes whenever PyTorch counts an in-place change of these adapters' weights."""
+        total = 0
+        for name in names:
+            tensors = self._tensors.get(name)
+            if tensors is None:
+                tensors, _ = peft_adapters.content_tensors(self.lora_layers, name)
+                self._tensors[name] = tensors
+            total += peft_adapters.version(tensors)
+        return total
+
+    def content_digest(self, name: str) -> tuple:
+        """Content of an adapter: every weight and scaling. Read anew at each call; this is what notices a hot-swap."""
+        tensors, scalings = peft_adapters.content_tensors(self.lora_layers, name)
+        current = (*peft_adapters.digest(tensors), tuple(scalings))
+        if self._digests.get(name) != current:
+            self._digests[name] = current
+            self._weights.clear()
+            self._tensors.pop(name, None)
+        return current
+
+    def down_total(self, name: str) -> tuple:
+        """Content of all A's of an adapter on ``k_proj`` and ``v_proj`` together; cheaper than :meth:`down_digests`."""
+        weights = []
+        for layer in self.layers.values():
+            for which in PROJECTIONS:
+                projection = layer.projection(which)
+                if isinstance(projection, LoraLayer) and name in projection.lora_A:
+                    weights.append(projection.lora_A[name].weight)
+        return peft_adapters.digest(weights)
+
+    def down_digests(self, name: str) -> DownDigests:
+        """Content of an adapter's A on each ``k_proj`` and ``v_proj`` it adapts."""
+        places: DownDigests = {}
+        for index, layer in self.layers.items():
+            for which in PROJECTIONS:
+                projection = layer.projection(which)
+                if isinstance(projection, LoraLayer) and name in projection.lora_A:
+                    down = peft_adapters.down_projection(projection, [name])
+                    places[index, which] = (*peft_adapters.digest([down.weight]), down.rank, int(down.ones))
+        return places
+
+    def cached_weights(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """A tensor made of adapter weights, kept until :meth:`content_digest` or :meth:`refresh` sees a change."""
+        value = self._weights.get(key)
+        if value is None:
+            value = self._weights[key] = compute()
+        return value
+
+    def check_adapters(self, agent: Agent, names: Iterable[str]) -> None:
+        """Refuse what the split can't express, at the start of a turn.
+
+        Args:
+            agent: the active adapters.
+            names: all adapters whose entries will be read or written.
+
+        Raises:
+            UnsupportedAdapterError: with the layer, the adapter and the feature.
+        """
+        loaded = self.adapters()
+        peft_adapters.check_model_wide(self.root, getattr(self.root, "peft_config", {}) or {}, loaded)
+        wanted = {*names, *agent}
+        for layer in self.layers.values():
+            for which in PROJECTIONS:
+                peft_adapters.check_expressible(f"{layer.path}.{which}", layer.projection(which), wanted)
+        for path, module in self.lora_layers:
+            active = () if module.disable_adapters else tuple(sorted(module.active_adapters))
+            if set(active) & set(loaded) != set(agent) & set(loaded):
+                raise UnsupportedAdapterError(
+                    f"{path} has {list(active) or 'no'} active adapters, other layers have {list(agent) or 'none'}. "
+                    "Use model.set_adapter(...) on the whole model"
+                )
+
+    # ---- attention implementation ----------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Switch the model's attention to ours, for one forward pass."""
+        with _switch_lock:
+            self.active += 1
+            if self.active == 1:
+                configs = {id(layer.module.config): layer.module.config for layer in self.layers.values()}
+                configs[id(self.decoder.config)] = self.decoder.config
+                self.originals = [(config, config._attn_implementation) for config in configs.values()]
+                for config, original in self.originals:
+                    remember_original(config, original)
+                    config._attn_implementation_internal = ATTENTION_NAME
+
+    def leave(self) -> None:
+        """Undo :meth:`enter`."""
+        with _switch_lock:
+            self.active -= 1
+            if self.active == 0:
+                for config, original in self.originals:
+                    config._attn_implementation_internal = original
+                    forget_original(config)
+                self.originals = []
+
+
+@dataclass
+class ProjectionRecord:
+    """What a replaced ``k_proj`` or ``v_proj`` knows."""
+
+    layer: AttentionLayer
+    which: str
+    original: Any = None
+
+
+@dataclass
+class ModuleRecord:
+    """What a replaced decoder, attention layer or ``generate`` knows."""
+
+    owner: Any
+    original: Any = None
+
+
+def call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward that the module had before it was attached."""
+    original = getattr(module, _RECORD).original
+    return type(module).forward(module, *args, **kwargs) if original is None else original(*args, **kwargs)
+
+
+def record_of(module: nn.Module) -> Any:
+    """The record of an attached module, or None."""
+    return module.__dict__.get(_RECORD)
+
+
+def replace_forward(module: nn.Module, record: Any, function: Callable[..., Any]) -> None:
+    if record_of(module) is not None:
+        setattr(module, _RECORD, _keep_original(record, record_of(module)))
+        return
+    # An instance-level forward of somebody else (Accelerate's device hooks) is kept and called.
+    record.original = module.__dict__.get("forward")
+    setattr(module, _RECORD, record)
+    # `wraps` keeps the signature, which Transformers inspects; a bound method survives copy.deepcopy of the model.
+    module.forward = MethodType(functools.wraps(type(module).forward)(thin(function)), module)
+
+
+def thin(function: Callable[..., Any]) -> Callable[..., Any]:
+    # A new function object for each module, as `functools.wraps` writes on it.
+    def forward(self, *args, **kwargs):
+        return function(self, *args, **kwargs)
+
+    return forward
+
+
+def _keep_original(record: Any, previous: Any) -> Any:
+    record.original = previous.original
+    return record
+
+
+def restore_forward(module: nn.Module) -> None:
+    record = module.__dict__.pop(_RECORD, None)
+    if record is None:
+        return
+    if record.original is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = record.original
+
+
+# ---- the replaced methods ------------------------------------------------------------------------------------------
+
+
+def _projection_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    scope = layer_scope.get()
+    if scope is None:
+        return call_original(self, x, *args, **kwargs)
+    record = record_of(self)
+    if isinstance(scope, LayoutProbe):
+        return scope.project(record.which)
+    return scope.project(record.which, self, x, *args, **kwargs)

@@ -1,0 +1,631 @@
+"""``SharedLoRACache``: a Transformers cache that several LoRA agents share on one trajectory."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import adapters as peft_adapters
+from .adapters import Agent, agent_name
+from .attach import attach, attachment_of
+from .attachment import Attachment
+from .buffers import TokenBuffer
+from .errors import SharedCacheError, UnsupportedAdapterError, UnsupportedModelError
+from .forward import ForwardPass, enter_from_inside
+from .policies import (
+    SHARED_ENTRY,
+    DownDigests,
+    EntryKey,
+    Policy,
+    Sharing,
+    check_sharing,
+    first_difference,
+    sharing_group,
+)
+from .reports import MemoryFootprint
+from .scopes import forward_scope, layer_scope
+from .storage import SharedCacheBase, SharedLoRALayer
+from .trajectory import Trajectory
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class SharedLoRACache(SharedCacheBase):
+    """One KV cache for a base model and all its LoRA adapters.
+
+    Pass it as ``past_key_values`` to ``model.generate`` or to the model. Keys and values of the pretrained weights are
+    stored once per token, by whoever processes the token first; per adapter only ``A x`` of its ``k_proj`` and ``v_proj``
+    is stored (LRAgent, arXiv 2602.01053). At first use the cache attaches itself to the model it is used with.
+
+    Args:
+        model: attach to this model at once; None: at first use.
+        sharing: whose low-rank entries are filled by whom: "base_shared" (each agent runs the tokens it has not seen
+            again, for its own entries), "base_lr_shared" (one set of entries for all; their A's must be equal),
+            "lr_precomputed" (entries of every loaded adapter are computed whenever a token is processed) or "auto"
+            ("base_lr_shared" where at least two adapters are loaded and share A, else "base_shared"; decided when the
+            first token comes).
+        max_cache_len: allocate room for this many tokens at once and never more; None: grow.
+        low_rank_dtype: dtype of the low-rank entries; None: that of the keys and values.
+        check_tokens: compare the model's input with the tokens that are cached, and refuse a contradiction.
+
+    Raises:
+        ValueError: unknown ``sharing``, ``max_cache_len`` below 1, or ``low_rank_dtype`` that is not floating.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *,
+        sharing: Sharing = "auto",
+        max_cache_len: int | None = None,
+        low_rank_dtype: torch.dtype | None = None,
+        check_tokens: bool = True,
+    ):
+        check_sharing(sharing)
+        if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
+            raise SharedCacheError(f"max_cache_len is {max_cache_len!r}, expected a positive number of tokens or None")
+        if low_rank_dtype is not None and low_rank_dtype not in _FLOATS:
+            raise SharedCacheError(
+                f"low_rank_dtype is {low_rank_dtype}, expected one of {', '.join(map(str, _FLOATS))}"
+            )
+        super().__init__(layers=[])
+        self.sharing = sharing
+        self.max_cache_len = max_cache_len
+        self.low_rank_dtype = low_rank_dtype
+        self.check_tokens = check_tokens
+        self._attachment: Attachment | None = None
+        self._lock = threading.Lock()
+        self._in_prompt = False
+        self._prompt_length = 0
+        self._limit: int | None = None
+        self._forget()
+        if model is not None:
+            attach(model)
+            self._bind(attachment_of(model))
+
+    def _forget(self) -> None:
+        self._trajectory = Trajectory()
+        self._coverage: dict[EntryKey, int] = {}
+        self._ropes: dict[str, tuple[TokenBuffer, TokenBuffer]] = {}
+        self._rope_length: dict[str, int] = {}
+        self._policy: Policy | None = None
+        self._down_totals: dict[str, tuple] = {}
+        self._down_digests: dict[str, DownDigests] = {}
+        self._shared_down: DownDigests = {}
+        # Content of every adapter that processed tokens or has entries, and the first token each processed.
+        self._identities: dict[str, tuple] = {}
+        self._first_token: dict[str, int] = {}
+        self._agents: dict[Agent, None] = {}
+        self._last_agent: Agent | None = None
+        self._last_version = 0
+
+    # ---- what users ask --------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> str | None:
+        """The sharing policy in force; None until the first token decided it ("auto")."""
+        return None if self._policy is None else self._policy.name
+
+    @property
+    def trajectory_length(self) -> int:
+        """T: tokens with base K/V."""
+        return self._trajectory.length
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """(B, T) int64, the tokens of the trajectory; -1 where only embeddings were given. None while empty."""
+        return self._trajectory.token_ids
+
+    @property
+    def rows(self) -> int:
+        """B, the batch size; 0 while empty."""
+        return self._trajectory.rows
+
+    def coverage(self) -> dict[str, int]:
+        """Leading trajectory tokens that each agent need not run again.
+
+        Returns:
+            Tokens by adapter name; "__base__" is the base model, "a+b" a combination of adapters that has run.
+        """
+        if self._attachment is None:
+            return {}
+        self._look_for_changes()
+        agents: list[Agent] = [(), *((name,) for name in self._attachment.adapters())]
+        agents += [agent for agent in self._agents if len(agent) > 1]
+        return {agent_name(agent): self._covered(agent) for agent in agents}
+
+    def memory_footprint(self) -> MemoryFootprint:
+        """Bytes in use, and what one ``DynamicCache`` per agent would take.
+
+        Returns:
+            A dict with "base", "low_rank" (by adapter; "*" is the one that adapters with a common A share),
+            "expanded_keys" (kept on the CPU for the agent that ran last), "positions" (cos/sin and token ids), "total"
+            (their sum), "allocated" (with the slack of growing storage) and "non_shared" (as many full K/V caches of the
+            whole trajectory as agents have run).
+        """
+        length = self.trajectory_length
+        low_rank: dict[str, int] = {}
+        base = expanded = allocated = 0
+        for layer in self.layers:
+            base += layer.base_keys.nbytes(length) + layer.base_values.nbytes(length)
+            expanded += layer.expanded.nbytes(layer.expanded_length)
+            allocated += sum(buffer.nbytes() for buffer in layer.buffers())
+            for key, parts in layer.entries.items():
+                tokens = self._coverage.get(key, 0)
+                name = agent_name(key)
+                low_rank[name] = low_rank.get(name, 0) + sum(b.nbytes(tokens) for b in parts.values())
+        ropes = [buffer for pair in self._ropes.values() for buffer in pair]
+        positions = sum(buffer.nbytes(length) for buffer in ropes) + self._trajectory.nbytes()
+        allocated += sum(buffer.nbytes() for buffer in ropes) + self._trajectory.nbytes()
+        return MemoryFootprint(
+            base=base,
+            low_rank=low_rank,
+            expanded_keys=expanded,
+            positions=positions,
+            total=base + sum(low_rank.values()) + expanded + positions,
+            allocated=allocated,
+            non_shared=base * max(1, len(self._agents)) if length else 0,
+        )
+
+    def drop_adapter(self, name: str) -> None:
+        """Release the low-rank entries of an adapter; its next turn runs the trajectory again.
+
+        Entries that adapters with a common A share are released with the last of them.
+
+        Raises:
+            ValueError: neither the model nor the cache knows the adapter.
+        """
+        self._not_while_running("drop_adapter")
+        loaded = self._attachment.adapters() if self._attachment is not None else ()
+        if name not in loaded and name not in self._identities and not any(name in key for key in self._coverage):
+            known = ", ".join(map(repr, sorted({*loaded, *self._identities}))) or "none"
+            raise SharedCacheError(f"drop_adapter: no adapter {name!r}; known are {known}")
+        self._drop_entries(name)
+
+    # ---- the contract of Cache -------------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Coverage of the active adapter: tokens that the model need not be given again."""
+        now = forward_scope.get()
+        if now is not None and now.cache is self:
+            return now.start
+        if self._first_use():
+            return 0
+        if self._attachment is None:
+            return 0
+        if not self._in_prompt:
+            self._look_for_changes()
+        return self._told_length()
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the first query."""
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(kv_length, kv_offset) of what ``update`` will return."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Capacity in tokens, -1 if it grows."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by attention layers with base K/V (B, Hk, n, D), K after RoPE; returns those of all tokens so far.
+
+        Raises:
+            UnsupportedModelError: the calling layer is not attached.
+        """
+        scope = layer_scope.get()
+        if scope is None or getattr(scope, "forward_pass", None) is None or scope.forward_pass.cache is not self:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} gave keys and values to a SharedLoRACache from outside of an attached attention layer. Call "
+                "attach(model) before the model is compiled or wrapped"
+            )
+        return scope.update(key_states, value_states)
+
+    def reset(self) -> None:
+        """Forget the trajectory and all entries; the cache stays attached and can be filled again."""
+        self._not_while_running("reset")
+        for layer in self.layers:
+            layer.reset()
+        self._forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens of the trajectory, for all agents.
+
+        Args:
+            tokens_to_remove: zero or negative, as in Transformers: ``crop(-3)`` removes three tokens.
+
+        Raises:
+            ValueError: positive, or more tokens than there are.
+        """
+        self._not_while_running("crop")
+        if tokens_to_remove > 0:
+            raise SharedCacheError(
+                f"crop({tokens_to_remove}): pass the negative number of tokens to remove, e.g. crop(-{tokens_to_remove})"
+            )
+        if -tokens_to_remove > self.trajectory_length:
+            raise SharedCacheError(
+                f"crop({tokens_to_remove}): the trajectory has only {self.trajectory_length} tokens; reset() removes all"
+            )
+        self._truncate(self.trajectory_length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Keep the batch rows ``beam_idx`` (beam search), of all agents."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the batch rows ``indices``, of all agents."""
+        self._not_while_running("batch_select_indices")
+        for layer in self.layers:
+            layer.batch_select_indices(indices)
+        for buffer in self._rope_buffers_all():
+            buffer.select_rows(indices)
+        self._trajectory.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each batch row ``repeats`` times in a row, of all agents."""
+        self._not_while_running("batch_repeat_interleave")
+        for layer in self.layers:
+            layer.batch_repeat_interleave(repeats)
+        for buffer in self._rope_buffers_all():
+            buffer.repeat_rows(repeats)
+        self._trajectory.repeat_rows(repeats)
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: everything can be cropped at any time."""
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: ``generate`` must not compile the model for this cache by itself."""
+        self._first_use()
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """All False: layers with a sliding window keep all tokens, and the mask hides those outside of it."""
+        self._first_use()
+        return [False] * len(self.layers)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything is cached."""
+        return self.trajectory_length > 0
+
+    @property
+    def is_croppable(self) -> bool:
+        """True: ``crop`` leaves no trace."""
+        return True
+
+    @property
+    def batch_size(self) -> int:
+        """B; -1 while empty."""
+        return self.rows or -1
+
+    def early_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: storage is allocated with the first tokens."""
+
+    def __repr__(self) -> str:
+        covered = ", ".join(f"{agent_name(a)}: {self._covered(a)}" for a in self._agents)
+        return (
+            f"SharedLoRACache(sharing={self.sharing!r}, policy={self.policy!r}, rows={self.rows}, "
+            f"tokens={self.trajectory_length}, coverage={{{covered}}})"
+        )
+
+    def __deepcopy__(self, memo: dict) -> SharedLoRACache:
+        """An independent copy of what is cached, attached to the same model."""
+        self._not_while_running("deepcopy")
+        copy = SharedLoRACache(
+            sharing=self.sharing,
+            max_cache_len=self.max_cache_len,
+            low_rank_dtype=self.low_rank_dtype,
+            check_tokens=self.check_tokens,
+        )
+        memo[id(self)] = copy
+        copy._attachment = self._attachment
+        copy.layers = [layer.clone(copy) for layer in self.layers]
+        copy._trajectory = self._trajectory.clone()
+        copy._ropes = {key: (cos.clone(), sin.clone()) for key, (cos, sin) in self._ropes.items()}
+        copy._policy, copy._last_agent, copy._last_version = self._policy, self._last_agent, self._last_version
+        for name in ("_coverage", "_rope_length", "_identities", "_first_token", "_agents"):
+            setattr(copy, name, dict(getattr(self, name)))
+        for name in ("_down_totals", "_down_digests", "_shared_down"):
+            setattr(copy, name, dict(getattr(self, name)))
+        return copy
+
+    # ---- first use -------------------------------------------------------------------------------------------------
+
+    def _bind(self, attachment: Attachment | None) -> None:
+        assert attachment is not None
+        if self._attachment is attachment:
+            return
+        if self._attachment is not None and self._attachment.layers and self.trajectory_length:
+            raise SharedCacheError(
+                f"this cache holds {self.trajectory_length} tokens of another {type(self._attachment.root).__name__}; use one "
+                "SharedLoRACache per model, or cache.reset()"
+            )
+        self._attachment = attachment
+        self.layers = [SharedLoRALayer(self, self.max_cache_len) for _ in attachment.layers]
+        self._forget()
+
+    def _first_use(self) -> bool:
+        """Attach to the model that is calling, if this cache is not attached; True if a pass was entered from inside.
+
+        No argument of the cache's methods names the model, so the callers' frames are asked: the innermost Transformers
+        model on the stack that has this cache, and the outermost one that contains it.
+        """
+        if self._attachment is not None and self._attachment.layers:
+            return False
+        if torch.compiler.is_compiling():
+            raise UnsupportedModelError("call lora_shared_cache.attach(model) before torch.compile")
+        decoder_frame = inner = root = None
+        frame = sys._getframe(2)
+        while frame is not None:
+            module = frame.f_locals.get("self")
+            if isinstance(module, PreTrainedModel):
+                if inner is None:
+                    if not _mentions(frame.f_locals, self):
+                        break
+                    inner = root = module
+                elif root is not None and module is not root and any(m is root for m in module.modules()):
+                    root = module
+                if frame.f_code.co_name == "forward" and module is inner:
+                    decoder_frame = frame
+            frame = frame.f_back
+        if root is None:
+            return False
+        attach(root)
+        attachment = attachment_of(root)
+        assert attachment is not None
+        self._bind(attachment)
+        if decoder_frame is None:
+            return False
+        if inner is not attachment.decoder:
+            raise UnsupportedModelError(
+                f"the cache was first used inside of {type(inner).__name__}; call lora_shared_cache.attach(model) before"
+            )
+        enter_from_inside(attachment, self, dict(decoder_frame.f_locals))
+        return True
+
+    # ---- turns -----------------------------------------------------------------------------------------------------
+
+    def _start_turn(self, attachment: Attachment, whole: bool) -> Agent:
+        """Look at the adapters before tokens are processed; returns the agent.
+
+        Args:
+            attachment: the model.
+            whole: read the adapters' content anew (not only what PyTorch counts as a change).
+
+        Raises:
+            UnsupportedAdapterError: the split can't express the present state.
+        """
+        agent = attachment.agent()
+        peft_adapters.check_not_merged(attachment.lora_layers)
+        if attachment.decoder.training:
+            peft_adapters.check_no_dropout(attachment.lora_layers, agent)
+        known = self._policy is not None and agent == self._last_agent
+        if known and not whole and attachment.weights_version(self._watched(agent)) == self._last_version:
+            return agent
+        if known and self._in_prompt and not self._turn_is_due:
+            return agent
+        self._turn_is_due = False
+        attachment.refresh()
+        agent = attachment.agent()
+        self._drop_changed(attachment)
+        policy = self._resolve(attachment)
+        reads = {name for entry, _ in policy.readers(agent) for name in entry.names}
+        writes = {name for entry in policy.writers(agent) for name in entry.names}
+        attachment.check_adapters(agent, reads | writes)
+        self._policy = policy
+        for name in {*agent, *(writes if policy.name == "lr_precomputed" else ())}:
+            if name not in self._identities:
+                self._identities[name] = attachment.content_digest(name)
+        self._last_agent = agent
+        self._last_version = attachment.weights_version(self._watched(agent))
+        return agent
+
+    _turn_is_due = True
+
+    def _watched(self, agent: Agent) -> tuple[str, ...]:
+        return tuple(sorted({*agent, *self._identities}))
+
+    def _look_for_changes(self) -> None:
+        """Drop what a changed or deleted adapter left, when nothing is running."""
+        now = forward_scope.get()
+        if self._attachment is not None and self.trajectory_length and not (now is not None and now.cache is self):
+            self._attachment.refresh()
+            self._drop_changed(self._attachment)
+
+    def _drop_changed(self, attachment: Attachment) -> None:
+        loaded = attachment.adapters()
+        for name, identity in list(self._identities.items()):
+            if name not in loaded:
+                # The agent has left: what it processed stays, its entries are of no use.
+                self._drop_entries(name)
+            elif attachment.content_digest(name) != identity:
+                first = self._first_token.get(name, self.trajectory_length)
+                self._drop_entries(name)
+                # Keys and values of tokens that it processed, and of all that attended to them, are those of weights that
+                # no longer exist.
+                self._truncate(min(first, self.trajectory_length))
+
+    def _drop_entries(self, name: str) -> None:
+        self._identities.pop(name, None)
+        self._first_token.pop(name, None)
+        gone = [key for key in self._coverage if name in key]
+        if self._policy is not None and self._policy.group == (name,):
+            gone.append(SHARED_ENTRY)
+        for key in gone:
+            self._coverage.pop(key, None)
+            for layer in self.layers:
+                layer.entries.pop(key, None)
+        for agent in [a for a in self._agents if name in a]:
+            del self._agents[agent]
+        for layer in self.layers:
+            layer.release_expanded()
+
+    def _resolve(self, attachment: Attachment) -> Policy:
+        """The policy for the adapters that are loaded now.
+
+        Raises:
+            UnsupportedAdapterError: "base_lr_shared" with different A's.
+        """
+        names = attachment.adapters_on_keys_or_values()
+        if self.sharing in ("base_shared", "lr_precomputed"):
+            return Policy(self.sharing, names)
+        self._read_down_projections(attachment, names)
+        digests = self._down_digests
+        empty = self.trajectory_length == 0
+        difference = first_difference(digests)
+        if self.sharing == "base_lr_shared" and difference is not None:
+            layer_idx, which, one, other = difference
+            raise UnsupportedAdapterError(
+                f"base_lr_shared needs one A for all adapters, but {one!r} and {other!r} differ in "
+                f"{attachment.layers[layer_idx].path}.{which}.lora_A. Use sharing='base_shared' or 'lr_precomputed'"
+            )
+        if empty:
+            shared = self.sharing == "base_lr_shared" or (len(names) > 1 and difference is None)
+            group = names if shared else ()
+            self._shared_down = {place: d for name in group for place, d in digests[name].items()}
+        elif self._policy is not None and self._policy.name == "base_lr_shared":
+            shared = True
+            group = self._regroup(digests)
+        else:
+            shared, group = False, ()
+        return Policy("base_lr_shared" if shared else "base_shared", names, group)
+
+    def _regroup(self, digests: dict[str, DownDigests]) -> tuple[str, ...]:
+        """Who can read the shared entries that exist, now that adapters were added, removed or changed."""
+        group = [n for n in sharing_group({**digests, "*": self._shared_down}, ("*",)) if n != "*"]
+        places = {place for name in group for place in digests[name]}
+        if places <= set(self._shared_down):
+            return tuple(group)
+        if self.sharing == "auto":
+            # Nothing was written there; such a newcomer keeps entries of its own.
+            return tuple(name for name in group if set(digests[name]) <= set(self._shared_down))
+        self._coverage.pop(SHARED_ENTRY, None)
+        self._shared_down = {place: d for name in group for place, d in digests[name].items()}
+        return tuple(group)
+
+    def _read_down_projections(self, attachment: Attachment, names: tuple[str, ...]) -> None:
+        self._down_digests = {name: d for name, d in self._down_digests.items() if name in names}
+        for name in names:
+            total = attachment.down_total(name)
+            if self._down_totals.get(name) != total or name not in self._down_digests:
+                self._down_totals[name] = total
+                self._down_digests[name] = attachment.down_digests(name)
+
+    # ---- lengths ---------------------------------------------------------------------------------------------------
+
+    def _covered(self, agent: Agent) -> int:
+        """Leading tokens that have everything the agent reads."""
+        length = self.trajectory_length
+        if self._policy is None:
+            return 0 if agent else length
+        readers = self._policy.readers(agent)
+        return min([length, *(self._coverage.get(entry.key, 0) for entry, _ in readers)])
+
+    def _seen_length(self, agent: Agent) -> int:
+        """Coverage, less a last token that is to be run again."""
+        covered = self._covered(agent)
+        return covered if self._limit is None else min(covered, self._limit)
+
+    def _told_length(self) -> int:
+        """What ``get_seq_length`` says now."""
+        return 0 if self._attachment is None else self._seen_length(self._attachment.agent())
+
+    def _check_room(self, stop: int) -> None:
+        if self.max_cache_len is not None and stop > self.max_cache_len:
+            raise SharedCacheError(
+                f"the trajectory would have {stop} tokens, but max_cache_len is {self.max_cache_len}. Make the cache larger, or "
+                "crop it"
+            )
+
+    def _truncate(self, length: int) -> None:
+        self._trajectory.truncate(length)
+        self._coverage = {key: min(tokens, length) for key, tokens in self._coverage.items()}
+        self._rope_length = {key: min(tokens, length) for key, tokens in self._rope_length.items()}
+        self._first_token = {name: first for name, first in self._first_token.items() if first < length}
+        for layer in self.layers:
+            layer.expanded_length = min(layer.expanded_length, length)
+
+    # ---- passes ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise SharedCacheError(
+                "this SharedLoRACache is used by another forward pass at the moment; use one cache per thread"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _prompt(self, length: int, limit: int | None) -> Iterator[None]:
+        """A ``generate`` call whose prompt of ``length`` tokens was checked; ``limit``: run again from there."""
+        self._in_prompt, self._prompt_length, self._limit = True, length, limit
+        try:
+            yield
+        finally:
+            self._in_prompt, self._prompt_length, self._limit = False, 0, None
+            self._turn_is_due = True
+
+    def _not_while_running(self, what: str) -> None:
+        now = forward_scope.get()
+        if self._lock.locked() or (now is not None and now.cache is self and not now.entered_from_inside):
+            raise SharedCacheError(f"{what} was called while a forward pass with this cache is running")
+
+    def _rope_buffers(self, key: str) -> tuple[TokenBuffer, TokenBuffer]:
+        if key not in self._ropes:
+            self._ropes[key] = tuple(TokenBuffer(-2, self.max_cache_len, broadcast_rows=True) for _ in range(2))
+        return self._ropes[key]
+
+    def _rope_buffers_all(self) -> list[TokenBuffer]:
+        return [buffer for pair in self._ropes.values() for buffer in pair]
+
+    def _prepare_storage(self, now: ForwardPass) -> None:
+        """The expanded keys are one agent's; another agent starts without."""
+        if self._expanded_agent != now.agent:
+            for layer in self.layers:
+                layer.release_expanded()
+            self._expanded_agent = now.agent
+
+    _expanded_agent: Agent | None = None
+
+    def _commit(self, now: ForwardPass) -> None:
+        """Make the tokens of a finished pass part of the cache."""
+        if now.stop > now.previous:
+            new = now.previous - now.start
+            ids, positions = now.ids[:, new:], now.positions
+            if positions is None:
+                positions = torch.arange(now.previous, now.stop, device=ids.device)[None]
+            else:
+                positions = positions[:, new:]
+            self._trajectory.append(ids, positions, now.attention_mask, now.padded)
+            for name in now.agent:
+                self._first_token.setdefault(name, now.previous)
+        for entry, start in now.writers:
+            self._coverage[entry.key] = max(start, now.stop)
+        for key, length in now.rope_lengths.items():
+            self._rope_length[key] = length
+        self._agents.setdefault(now.agent)
+        self._limit = None
+
+
+def _mentions(frame_locals: dict[str, Any], cache: SharedLoRACache) -> bool:
+    """Whether a frame has the cache among its variables or in a dict of arguments."""
+    for value in frame_locals.values():
+        if value is cache or (isinstance(value, dict) and any(v is cache for v in value.values())):
+            return True
+    return False

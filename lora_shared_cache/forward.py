@@ -1,0 +1,494 @@
+"""One forward pass with a shared cache: from the model's input to K and V per layer, committed only at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.nn import functional as F
+
+from flash_lora_attention import flash_lora_attention_reference
+
+from . import adapters as peft_adapters
+from .adapters import Agent
+from .attachment import Attachment, AttentionLayer, call_original
+from .errors import TrajectoryError, UnsupportedAdapterError, UnsupportedModelError
+from .policies import Entry
+from .scopes import forward_scope, layer_scope
+from .storage import SharedCacheBase, SharedLoRALayer
+from .trajectory import UNKNOWN_TOKEN
+
+if TYPE_CHECKING:
+    from .cache import SharedLoRACache
+
+# Arguments of PEFT's LoRA layers that must not reach the base layer.
+_PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
+
+
+def shared_cache_in(args: tuple, kwargs: dict[str, Any]) -> SharedLoRACache | None:
+    """The :class:`SharedLoRACache` among a call's arguments, or None."""
+    cache = kwargs.get("past_key_values")
+    if cache is None and args:
+        cache = next((a for a in args if isinstance(a, SharedCacheBase)), None)
+    return cast("SharedLoRACache", cache) if isinstance(cache, SharedCacheBase) else None
+
+
+@dataclass
+class ForwardPass:
+    """A forward pass under way.
+
+    Attributes:
+        attachment, cache, agent: which model, cache and adapters.
+        start, stop: the tokens that are run, as positions in the trajectory.
+        previous: T before the pass; tokens from there on get base K/V.
+        writers: low-rank caches that are written, with the position from which tokens are new to them.
+        readers: low-rank caches that the agent reads, with the adapters that read them.
+        ids: (B, n) of tokens ``start ... stop``, -1 where unknown.
+        positions: (B or 1, n) position ids of them, or None: consecutive.
+        attention_mask: (B, m) bool or None, as given.
+        padded: whether it holds padding.
+        entered_from_inside: the model was attached in the middle of this very pass, so its end is the last layer's.
+        rope_lengths: layer types whose cos/sin were stored in this pass, with the tokens that are then known.
+    """
+
+    attachment: Attachment
+    cache: SharedLoRACache
+    agent: Agent
+    start: int
+    stop: int
+    previous: int
+    writers: list[tuple[Entry, int]]
+    readers: list[tuple[Entry, tuple[str, ...]]]
+    ids: torch.Tensor
+    positions: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    padded: bool
+    entered_from_inside: bool = False
+    rope_lengths: dict[str, int] = field(default_factory=dict)
+
+    def commit(self) -> None:
+        """Make the pass's tokens part of the cache."""
+        self.cache._commit(self)
+
+    def store_rope(self, layer: AttentionLayer, kwargs: dict[str, Any]) -> None:
+        """Keep cos/sin of new tokens, once for all layers of one type."""
+        embeddings = kwargs.get("position_embeddings")
+        layout = layer.layout
+        if layout is None or layout.rotary_dim == 0 or not isinstance(embeddings, tuple | list):
+            return
+        if layer.rope_key in self.rope_lengths:
+            return
+        stored = self.cache._rope_length.get(layer.rope_key, 0)
+        self.rope_lengths[layer.rope_key] = max(stored, self.stop)
+        if stored < self.stop:
+            for buffer, angles in zip(self.cache._rope_buffers(layer.rope_key), embeddings, strict=True):
+                buffer.write(stored, layout.half_width(angles)[:, stored - self.start :])
+
+
+class LayerPass:
+    """One attention layer of a forward pass: splits the projections, stores, and attends."""
+
+    def __init__(self, forward_pass: ForwardPass, layer: AttentionLayer):
+        self.forward_pass = forward_pass
+        self.layer = layer
+        self.storage: SharedLoRALayer = forward_pass.cache.layers[layer.layer_idx]
+
+    # ---- projections -----------------------------------------------------------------------------------------------
+
+    def project(self, which: str, module: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What ``k_proj`` or ``v_proj`` returns during the pass: the base alone; ``A x`` goes to the storage.
+
+        Args:
+            x: (B, n, in_features).
+
+        Returns:
+            (B, n, Hk * D).
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedAdapterError(
+                "adapter_names= (rows of a batch with different adapters) can't be used with a SharedLoRACache yet. Use "
+                "model.set_adapter(...) and one cache for each batch"
+            )
+        if module.disable_adapters and module.merged:
+            # PEFT's own forward does this too: a disabled adapter must not stay in the base weights.
+            module.unmerge()
+        base = module.base_layer(x, *args, **{k: v for k, v in kwargs.items() if k not in _PEFT_ARGUMENTS})
+        self._write_entries(which, module, x, base.dtype)
+        return base
+
+    def _write_entries(self, which: str, module: LoraLayer, x: torch.Tensor, dtype: torch.dtype) -> None:
+        now = self.forward_pass
+        pending = [(entry, start) for entry, start in now.writers if start < now.stop]
+        if not pending:
+            return
+        key = ("down", self.layer.layer_idx, which, tuple(entry.key for entry, _ in pending))
+        plan = now.attachment.cached_weights(key, lambda: _down_plan(module, [entry for entry, _ in pending]))
+        if plan is None:
+            return
+        weight, parts = plan
+        first = min(start for _, start in pending)
+        # One product for all adapters; each then keeps the tokens that are new to it.
+        a = F.linear(x[:, first - now.start :].to(weight.dtype), weight)
+        dtype = now.cache.low_rank_dtype or dtype
+        column = 0
+        for (entry, start), (rank, ones) in zip(pending, parts, strict=True):
+            if rank == 0:
+                continue
+            part = a[:, start - first :, column : column + rank]
+            column += rank
+            if ones:
+                part = torch.cat((part, part.new_ones(*part.shape[:-1], 1)), dim=-1)
+            self.storage.write_entry(entry.key, which, start, part.to(dtype))
+
+    # ---- storage ---------------------------------------------------------------------------------------------------
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store what is new of the base K/V (B, Hk, n, D); return tokens 0 ... stop."""
+        now = self.forward_pass
+        if now.stop > now.previous:
+            new = now.previous - now.start
+            self.storage.write_base(now.previous, key_states[:, :, new:], value_states[:, :, new:])
+        return self.storage.base_keys.view(now.stop), self.storage.base_values.view(now.stop)
+
+    # ---- attention -------------------------------------------------------------------------------------------------
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Attention of (B, Hq, S, D) over base K/V (B, Hk, T, D) plus the agent's low-rank part; (B, Hq, S, D)."""
+        key_low_rank, key_up = self._low_rank("k_proj")
+        value_low_rank, value_up = self._low_rank("v_proj")
+        layout = self.layer.layout
+        assert layout is not None
+        if key_low_rank is not None and key.device.type == "cpu":
+            # Expanding is a matrix product over all tokens; on the CPU the agent's expanded keys are kept and appended to.
+            key = self._expanded_keys(key, key_low_rank, key_up)
+            key_low_rank = key_up = None
+        cos = sin = None
+        if key_low_rank is not None and layout.rotary_dim:
+            cos, sin = self._rope(0)
+        return flash_lora_attention_reference(
+            query,
+            key,
+            value,
+            key_low_rank=key_low_rank,
+            key_up=key_up,
+            value_low_rank=value_low_rank,
+            value_up=value_up,
+            cos=cos,
+            sin=sin,
+            rotary_dim=layout.rotary_dim or None,
+            rotary_interleaved=layout.interleaved,
+            **kwargs,
+        )
+
+    def _low_rank(self, which: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The agent's entries (B, stop, r) and up-projections (Hk, r, D) for one projection, or None twice."""
+        now = self.forward_pass
+        module = self.layer.projection(which)
+        entries: list[torch.Tensor] = []
+        ups: list[torch.Tensor] = []
+        for entry, names in now.readers:
+            names_here = tuple(peft_adapters.names_on(module, names))
+            if not names_here:
+                continue
+            buffer = self.storage.entries[entry.key][which]
+            key = ("up", self.layer.layer_idx, which, entry.key, names_here)
+            up = now.attachment.cached_weights(
+                key, lambda names=names_here, entry=entry: _up_projection(module, entry, names, self.layer.head_dim)
+            )
+            entries.append(buffer.view(now.stop))
+            ups.append(up)
+        if not entries:
+            return None, None
+        if len(entries) == 1:
+            return entries[0], ups[0]
+        return torch.cat(entries, dim=-1), torch.cat(ups, dim=-2)
+
+    def _rope(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.forward_pass.cache._rope_buffers(self.layer.rope_key)
+        return cos.view(self.forward_pass.stop, start), sin.view(self.forward_pass.stop, start)
+
+    def _expanded_keys(self, key: torch.Tensor, low_rank: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Base plus low-rank keys (B, Hk, stop, D), of which only tokens not yet expanded are computed."""
+        now, storage, layout = self.forward_pass, self.storage, self.layer.layout
+        assert layout is not None
+        start = min(storage.expanded_length, now.start)
+        delta = low_rank[:, None, start:].to(up.dtype) @ up
+        if layout.rotary_dim:
+            cos, sin = self._rope(start)
+            delta = layout.rotate(delta, cos.to(up.dtype), sin.to(up.dtype))
+        storage.expanded.write(start, (delta + key[:, :, start:]).to(key.dtype))
+        storage.expanded_length = now.stop
+        return storage.expanded.view(now.stop)
+
+
+def _down_plan(module: LoraLayer, entries: list[Entry]) -> tuple[torch.Tensor, list[tuple[int, bool]]] | None:
+    """The A's of all entries below each other, and each entry's rank and whether a column of ones follows."""
+    downs = []
+    for entry in entries:
+        names = peft_adapters.names_on(module, entry.names)
+        # Adapters that share A are represented by the first that adapts this layer.
+        downs.append(peft_adapters.down_projection(module, names[:1] if entry.shared else names) if names else None)
+    present = [down for down in downs if down is not None]
+    if not present:
+        return None
+    weights = [down.weight for down in present]
+    weight = weights[0] if len(weights) == 1 else torch.cat([w.to(weights[0].dtype) for w in weights])
+    return weight, [(0, False) if down is None else (down.weight.shape[0], down.ones) for down in downs]
+
+
+def _up_projection(module: LoraLayer, entry: Entry, names: tuple[str, ...], head_dim: int) -> torch.Tensor:
+    on_module = peft_adapters.names_on(module, entry.names)
+    computed_with = on_module[:1] if entry.shared else on_module
+    ones = any(module.lora_bias.get(name, False) for name in computed_with)
+    return peft_adapters.up_projection(module, names, head_dim, entry.shared, ones)
+
+
+# ---- the replaced forwards -----------------------------------------------------------------------------------------
+
+
+def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The attention layer's forward with a shared cache."""
+    now = forward_scope.get()
+    if now is None or now.cache is not cache:
+        raise UnsupportedModelError(
+            f"{layer.name} was called with a SharedLoRACache outside of its model's forward pass; call the model"
+        )
+    if args:
+        # Decoder layers pass keywords; only the hidden states are sometimes positional.
+        kwargs = {"hidden_states": args[0], **kwargs}
+        args = args[1:]
+    if args:
+        raise UnsupportedModelError(
+            f"{layer.name} is called with {len(args) + 1} positional arguments, which is not supported"
+        )
+    try:
+        layer.find_layout(kwargs)
+        now.store_rope(layer, kwargs)
+        with layer_scope(LayerPass(now, layer)), torch.no_grad():
+            out = call_original(layer.module, **kwargs)
+    except BaseException:
+        if now.entered_from_inside:
+            _leave_from_inside(now)
+        raise
+    if now.entered_from_inside and layer.layer_idx == len(now.attachment.layers) - 1:
+        now.commit()
+        _leave_from_inside(now)
+    return out
+
+
+def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]) -> Any:
+    """The decoder's forward with a shared cache."""
+    outer = forward_scope.get()
+    if outer is not None and outer.cache is cache and not outer.entered_from_inside:
+        return call_original(attachment.decoder, **kwargs)
+    with cache._exclusive():
+        now, kwargs = begin(attachment, cache, kwargs)
+        attachment.enter()
+        try:
+            # What is cached carries no gradient; a gradient through the rest alone would be silently wrong.
+            with forward_scope(now), torch.no_grad():
+                out = call_original(attachment.decoder, **kwargs)
+            now.commit()
+        finally:
+            attachment.leave()
+    return out
+
+
+def enter_from_inside(attachment: Attachment, cache: SharedLoRACache, frame_locals: dict[str, Any]) -> None:
+    """Begin a pass for a decoder whose forward already runs: the cache's first use in a plain call of the model."""
+    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    kwargs = {name: frame_locals.get(name) for name in names}
+    if kwargs["input_ids"] is not None:
+        kwargs["inputs_embeds"] = None
+    now, _ = begin(attachment, cache, kwargs)
+    now.entered_from_inside = True
+    attachment.enter()
+    forward_scope.set(now)
+
+
+def _leave_from_inside(now: ForwardPass) -> None:
+    now.entered_from_inside = False
+    forward_scope.set(None)
+    now.attachment.leave()
+
+
+# ---- the model's input ---------------------------------------------------------------------------------------------
+
+
+def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]) -> tuple[ForwardPass, dict[str, Any]]:
+    """Check the decoder's input against the trajectory and cut or complete it so that it starts at the coverage.
+
+    Args:
+        kwargs: the decoder's keyword arguments.
+
+    Returns:
+        The pass, and the arguments to run the decoder with.
+
+    Raises:
+        TrajectoryError: the input does not continue the trajectory.
+        UnsupportedAdapterError, UnsupportedModelError: the split can't express the model's present state.
+    """
+    cache._bind(attachment)
+    inputs = kwargs.get("input_ids")
+    if inputs is None:
+        inputs = kwargs.get("inputs_embeds")
+    if inputs is None:
+        raise TrajectoryError("the model was called without input_ids and inputs_embeds")
+    rows, n = inputs.shape[:2]
+    if n == 0:
+        raise TrajectoryError(
+            "the model was called with no tokens: the prompt is shorter than what is cached. Pass the whole trajectory; "
+            "cache.crop(-n) goes back n tokens"
+        )
+    trajectory = cache._trajectory
+    trajectory.check_rows(rows)
+    # What the caller was told before adapters are looked at: inputs are cut by it.
+    told = cache._told_length()
+    remembered = trajectory.token_ids
+    remembered_positions = trajectory.positions(0, trajectory.length) if trajectory.length else None
+    agent = cache._start_turn(attachment, whole=n > 1)
+    covered = cache._seen_length(agent)
+
+    mask = kwargs.get("attention_mask")
+    mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    position_ids = kwargs.get("position_ids")
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:
+        position_ids = None
+    start = _start_of(n, told, mask, position_ids, trajectory.length, trajectory.attention_mask is not None)
+    if start is None or start < 0:
+        assert mask is not None
+        raise TrajectoryError(
+            f"the attention_mask has {mask.shape[1]} columns for {n} tokens; it must cover the {told} cached tokens and the "
+            f"new ones, {told + n} columns, or leave it out"
+        )
+    ids = kwargs.get("input_ids")
+    known = ids if ids is not None else inputs.new_full((rows, n), UNKNOWN_TOKEN, dtype=torch.long)
+    if cache.check_tokens:
+        trajectory.check_tokens(known, start)
+    if start < covered:
+        drop = _tokens_to_drop(start, n, covered, cache)
+        kwargs, known, start, n = _drop_tokens(kwargs, known, drop), known[:, drop:], start + drop, n - drop
+        position_ids = None if position_ids is None else position_ids[:, drop:]
+    elif start > covered:
+        kwargs, known, position_ids = _prepend_tokens(
+            kwargs, known, position_ids, covered, start, remembered, remembered_positions
+        )
+        n, start = n + start - covered, covered
+    if n > 1 and cache.check_tokens:
+        trajectory.check_padding(mask)
+        if position_ids is not None:
+            trajectory.check_positions(position_ids, start)
+    stop = start + n
+    cache._check_room(stop)
+    padded = n > 1 and mask is not None and not bool(mask.all())
+    policy = cache._policy
+    assert policy is not None
+    writers = []
+    for entry in policy.writers(agent):
+        written = cache._coverage.get(entry.key, 0)
+        if written >= start:
+            # A cache with a gap before `start` can't be appended to; its adapter fills it on its own turn.
+            writers.append((entry, max(written, start)))
+    now = ForwardPass(
+        attachment=attachment,
+        cache=cache,
+        agent=agent,
+        start=start,
+        stop=stop,
+        previous=trajectory.length,
+        writers=writers,
+        readers=policy.readers(agent),
+        ids=known,
+        positions=position_ids,
+        attention_mask=mask,
+        padded=padded,
+    )
+    cache._prepare_storage(now)
+    return now, kwargs
+
+
+def _start_of(
+    n: int, told: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None, length: int, padded: bool
+) -> int | None:
+    """Trajectory position of the first of ``n`` input tokens."""
+    if mask is not None:
+        # Transformers' rule: a 2D mask covers the cached tokens and the new ones.
+        return mask.shape[1] - n
+    if n > 1 and length and position_ids is not None and not padded and position_ids.shape[1] == n:
+        # generate drops a mask of ones but keeps the positions that it made of it.
+        first = int(position_ids[0, 0])
+        if first <= length:
+            return first
+    return told
+
+
+def _tokens_to_drop(start: int, n: int, covered: int, cache: SharedLoRACache) -> int:
+    """How many leading tokens are cached already; at least one token is always run."""
+    stop = start + n
+    # generate's chunked prefill may walk through the cached part of a prompt that was checked as a whole.
+    if stop < covered and not stop <= cache._prompt_length:
+        raise TrajectoryError(
+            f"the input ends at token {stop}, but {covered} are cached for this adapter. To go back to it: "
+            f"cache.crop(-{cache.trajectory_length - stop}); to go on: pass the whole trajectory"
+        )
+    return min(covered - start, n - 1)
+
+
+def _drop_tokens(kwargs: dict[str, Any], known: torch.Tensor, drop: int) -> dict[str, Any]:
+    if drop == 0:
+        return kwargs
+    n = known.shape[1]
+    kwargs = dict(kwargs)
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            kwargs[name] = kwargs[name][:, drop:]
+    position_ids = kwargs.get("position_ids")
+    if isinstance(position_ids, torch.Tensor):
+        if position_ids.shape[-1] == n:
+            kwargs["position_ids"] = position_ids[..., drop:]
+        else:
+            kwargs["position_ids"] = None
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+        kwargs["attention_mask"] = mask[:, :, drop:]
+    return kwargs
+
+
+def _prepend_tokens(
+    kwargs: dict[str, Any],
+    known: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    covered: int,
+    start: int,
+    remembered: torch.Tensor | None,
+    remembered_positions: torch.Tensor | None,
+) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
+    """Put recorded tokens ``covered ... start`` before the input: the adapter has not seen them yet."""
+    length = 0 if remembered is None else remembered.shape[1]
+    if start > length:
+        raise TrajectoryError(
+            f"the input starts at token {start}, but the trajectory has {length}: {start - length} tokens are missing between "
+            "them. Pass the whole trajectory, or an attention_mask that covers cached and new tokens"
+        )
+    assert remembered is not None and remembered_positions is not None
+    missing = remembered[:, covered:start]
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("input_ids") is None or bool((missing == UNKNOWN_TOKEN).any()):
+        raise TrajectoryError(
+            f"this adapter has not seen tokens {covered} to {start}, and they are known only as embeddings. Pass the whole "
+            "trajectory"
+        )
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+        raise TrajectoryError(f"this adapter has not seen tokens {covered} to {start}; pass them, with a mask for them")
+    known = torch.cat((missing.to(known.device), known), dim=1)
+    kwargs = dict(kwargs, input_ids=known)
+    if position_ids is not None:
+        before = remembered_positions[:, covered:start].to(position_ids.device)
+        if before.shape[0] != position_ids.shape[0]:
+            rows = max(before.shape[0], position_ids.shape[0])
+            before, position_ids = before.expand(rows, -1), position_ids.expand(rows, -1)
+        position_ids = torch.cat((before, position_ids), dim=1)
+        kwargs["position_ids"] = position_ids
+    return kwargs, known, position_ids

@@ -1,0 +1,78 @@
+"""What ``generate`` does with a non-empty shared cache: checks of the prompt as a whole, before anything is run.
+
+``generate`` cuts its inputs by the cache's length in several ways (see MODELS in the design notes); inside the model only
+what is left can be seen. Here the whole prompt is still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .attachment import Attachment
+from .errors import TrajectoryError
+
+if TYPE_CHECKING:
+    from .cache import SharedLoRACache
+
+# Arguments that select assisted decoding, which feeds the whole prompt again.
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "custom_generate")
+
+
+def run_generate(
+    attachment: Attachment, cache: SharedLoRACache, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """``model.generate`` with a shared cache.
+
+    Raises:
+        TrajectoryError: the prompt contradicts the trajectory or ends before its end, or ``generate`` could not feed it
+            rightly.
+    """
+    cache._bind(attachment)
+    if cache.trajectory_length == 0:
+        return original(*args, **kwargs)
+    inputs = args[0] if args else kwargs.get("inputs")
+    if inputs is None:
+        inputs = kwargs.get("input_ids")
+    if inputs is None:
+        inputs = kwargs.get("inputs_embeds")
+    config = (
+        kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or attachment.root.generation_config
+    )
+
+    def setting(name: str) -> Any:
+        value = kwargs.get(name)
+        return value if value is not None else getattr(config, name, None)
+
+    if inputs is None:
+        raise TrajectoryError(
+            f"generate was called without a prompt, but the cache holds {cache.trajectory_length} tokens. Pass the whole "
+            "trajectory"
+        )
+    agent = cache._start_turn(attachment, whole=True)
+    repeats = (setting("num_beams") or 1) if (setting("num_beams") or 1) > 1 else (setting("num_return_sequences") or 1)
+    rows, n = inputs.shape[0] * repeats, inputs.shape[1]
+    cache._trajectory.check_rows(rows)
+    mask = kwargs.get("attention_mask")
+    columns = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else n
+    length = cache.trajectory_length
+    assisted = any(setting(name) for name in _ASSISTED)
+    if columns == n:
+        # The whole trajectory, as ids. Only a prefix of it was seen by this adapter; all of it is checked.
+        if inputs.dtype in (torch.int32, torch.int64) and cache.check_tokens:
+            cache._trajectory.check_tokens(inputs.long().repeat_interleave(repeats, dim=0), 0)
+        if n < length:
+            raise TrajectoryError(
+                f"the prompt has {n} tokens, but the cached trajectory has {length}. If these are new tokens only, pass an "
+                f"attention_mask over all {length + n}; to go back: cache.crop(-{length - n}); to start over: cache.reset()"
+            )
+    elif columns > n and assisted:
+        raise TrajectoryError(
+            "assisted decoding feeds the prompt again, so it needs the whole trajectory as input_ids, not only its new tokens"
+        )
+    # `generate` runs `ids[:, -(n - cached):]`: with everything cached that is all of them. The last token is run again.
+    limit = columns - 1 if cache._seen_length(agent) >= columns else None
+    with cache._prompt(columns, limit):
+        return original(*args, **kwargs)

@@ -1,0 +1,203 @@
+"""How an attention layer turns the output of ``k_proj`` and ``v_proj`` into K and V, found by trying it.
+
+Families differ in where they rotate, normalise, scale or clip keys. Instead of a list of names, one tiny call per layer
+compares what the layer gives to the cache for two inputs that differ by a known delta. Only a layer that behaves like
+``K = base + RoPE(delta)`` and ``V = base + delta`` for a rotation we know is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from flash_lora_attention import apply_rope
+
+from .errors import UnsupportedModelError
+from .scopes import layer_scope
+
+_PROBE_TOKENS = 3
+# Relative to the largest entry of the expected delta; the probe runs in float32.
+_PROBE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class RotaryLayout:
+    """How the keys of a layer are rotated.
+
+    Attributes:
+        rotary_dim: rotated leading columns of a head; 0: no rotation.
+        interleaved: pairs (2i, 2i+1) instead of (i, i + rotary_dim/2).
+        columns: where the angles of the pairs stand in the model's cos/sin: "all" (half width), "first" half, or "even".
+    """
+
+    rotary_dim: int
+    interleaved: bool = False
+    columns: str = "all"
+
+    def half_width(self, cos: torch.Tensor) -> torch.Tensor:
+        """The model's cos or sin (..., width) as one angle per pair (..., rotary_dim / 2)."""
+        if self.columns == "all":
+            return cos
+        return cos[..., ::2] if self.columns == "even" else cos[..., : cos.shape[-1] // 2]
+
+    def rotate(self, delta: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+        """Rotate (B, Hk, T, D) with half-width cos/sin (B or 1, T, rotary_dim / 2) of its tokens."""
+        if self.rotary_dim == 0 or cos is None or sin is None:
+            return delta
+        return apply_rope(delta, cos, sin, self.interleaved)
+
+
+NO_ROTATION = RotaryLayout(0)
+
+
+class _Stop(Exception):
+    """Ends the probe's forward pass once K and V were seen and attention was dispatched."""
+
+
+class LayoutProbe(Cache):
+    """Stands in for the cache and for ``k_proj``/``v_proj`` during one tiny call of an attention layer."""
+
+    def __init__(self, projected: dict[str, torch.Tensor]):
+        super().__init__(layers=[])
+        self.projected = projected
+        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.dispatched = False
+
+    def project(self, which: str) -> torch.Tensor:
+        """The made-up output of ``k_proj`` or ``v_proj``."""
+        return self.projected[which]
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Keep what the layer gives to the cache."""
+        self.states = (key_states, value_states)
+        return key_states, value_states
+
+    def attention(self) -> None:
+        """Called by our attention function: the layer dispatches, and nothing after this matters."""
+        self.dispatched = True
+        raise _Stop
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The probe is empty."""
+        return 0
+
+
+def find_layout(
+    name: str, forward: Callable[..., Any], kwargs: dict[str, Any], widths: dict[str, int], head_dim: int
+) -> RotaryLayout:
+    """Find the rotary layout of an attention layer, or refuse the layer.
+
+    Args:
+        name: the layer's name and class, for the error.
+        forward: the attention module's own forward.
+        kwargs: keyword arguments of a real call; only shapes and dtypes are used.
+        widths: output width of the projections that carry adapters: "k_proj" and/or "v_proj".
+        head_dim: D.
+
+    Raises:
+        UnsupportedModelError: the layer does not dispatch its attention, gives nothing to the cache, or treats its keys
+            or values in a way that is not base + delta.
+    """
+    hidden = kwargs["hidden_states"]
+    device = hidden.device
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    base = {which: random(1, _PROBE_TOKENS, width) for which, width in widths.items()}
+    delta = {which: random(1, _PROBE_TOKENS, width) for which, width in widths.items()}
+    call = dict(kwargs)
+    call["hidden_states"] = hidden[:1, :1].expand(1, _PROBE_TOKENS, -1)
+    if "attention_mask" in call:
+        call["attention_mask"] = None
+    if isinstance(call.get("position_ids"), torch.Tensor):
+        call["position_ids"] = torch.arange(_PROBE_TOKENS, device=device)[None]
+    cos = sin = None
+    embeddings = call.get("position_embeddings")
+    if isinstance(embeddings, tuple | list) and len(embeddings) == 2:
+        # Independent numbers in every column: only the columns that the layer really uses can then explain its keys.
+        cos, sin = (random(1, _PROBE_TOKENS, t.shape[-1]) for t in embeddings)
+        call["position_embeddings"] = (cos, sin)
+
+    def states(projected: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        probe = LayoutProbe(projected)
+        call["past_key_values"] = probe
+        try:
+            with layer_scope(probe), torch.no_grad():
+                forward(**call)
+        except _Stop:
+            pass
+        except (TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+            raise UnsupportedModelError(f"{name}: its attention could not be tried out: {error}") from error
+        if probe.states is None:
+            raise UnsupportedModelError(f"{name}: it gave no keys and values to the cache (shared between layers?)")
+        if not probe.dispatched:
+            raise UnsupportedModelError(
+                f"{name}: it does not call its attention through Transformers' attention interface, so the low-rank part "
+                "can't be applied inside it"
+            )
+        return probe.states
+
+    before = states(base)
+    after = states({which: base[which] + delta[which] for which in widths})
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.view(1, _PROBE_TOKENS, -1, head_dim).transpose(1, 2)
+
+    def explains(expected: torch.Tensor, actual: torch.Tensor) -> bool:
+        if expected.shape != actual.shape:
+            return False
+        return bool((expected - actual).abs().max() <= _PROBE_TOLERANCE * expected.abs().max())
+
+    if "v_proj" in widths and not explains(heads(delta["v_proj"]), after[1] - before[1]):
+        raise UnsupportedModelError(
+            f"{name}: its values are not v_proj's output split into heads of {head_dim}, so an adapter on v_proj has no "
+            "low-rank form"
+        )
+    if "k_proj" not in widths:
+        return NO_ROTATION
+    difference = after[0] - before[0]
+    for layout in _candidates(None if cos is None else cos.shape[-1], head_dim):
+        angles = (None, None) if cos is None else (layout.half_width(cos), layout.half_width(sin))
+        if layout.columns == "all" or layout.rotary_dim == 0:
+            expected = layout.rotate(heads(delta["k_proj"]), *angles)
+        else:
+            expected = _rotate_full(heads(delta["k_proj"]), cos, sin, layout)
+        if explains(expected, difference):
+            return layout
+    raise UnsupportedModelError(
+        f"{name}: its keys are not k_proj's output plus a rotation (are they normalised, scaled or clipped?), so an adapter "
+        "on k_proj has no low-rank form here. Adapters without k_proj work"
+    )
+
+
+def _candidates(width: int | None, head_dim: int) -> list[RotaryLayout]:
+    """Layouts that are possible with cos/sin of this width."""
+    found = [NO_ROTATION]
+    if width is None:
+        return found
+    if width <= head_dim:
+        found += [RotaryLayout(width, interleaved=True, columns="even"), RotaryLayout(width, columns="first")]
+        found += [RotaryLayout(width, interleaved=True, columns="first")]
+    if 2 * width <= head_dim:
+        found += [RotaryLayout(2 * width), RotaryLayout(2 * width, interleaved=True)]
+    return found
+
+
+def _rotate_full(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:
+    """Rotation with cos/sin of full width, whose two copies of an angle may differ (only the probe makes them differ)."""
+    if layout.interleaved and layout.columns == "first":
+        # GLM: the first half of the columns, each repeated for its pair.
+        cos, sin = (layout.half_width(t).repeat_interleave(2, dim=-1) for t in (cos, sin))
+    rotated, rest = x[..., : layout.rotary_dim], x[..., layout.rotary_dim :]
+    if layout.interleaved:
+        turned = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), dim=-1).flatten(-2)
+    else:
+        first, second = rotated.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    return torch.cat((rotated * cos.unsqueeze(1) + turned * sin.unsqueeze(1), rest), dim=-1)

@@ -1,0 +1,116 @@
+"""Sharing policies: whose low-rank entries are written while an agent runs, and which ones the agent reads.
+
+Pure bookkeeping over adapter names; tensors and modules are elsewhere. The names are those of LRAgent (arXiv 2602.01053):
+``base_shared`` is its BaseShared, ``base_lr_shared`` its BaseLRShared; ``lr_precomputed`` is this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .adapters import Agent
+from .errors import SharedCacheError
+
+Sharing = Literal["auto", "base_shared", "base_lr_shared", "lr_precomputed"]
+SHARING_POLICIES: tuple[str, ...] = ("auto", "base_shared", "base_lr_shared", "lr_precomputed")
+
+EntryKey = tuple[str, ...]
+SHARED_ENTRY: EntryKey = ("*",)
+"""Key of the one low-rank cache of all adapters with a common A."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One low-rank cache.
+
+    Attributes:
+        key: identifies it within the cache.
+        names: the adapters whose A's it was computed with.
+        shared: those adapters have one A in common (else their A's stand below each other).
+    """
+
+    key: EntryKey
+    names: tuple[str, ...]
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A resolved sharing policy for the adapters that are loaded now.
+
+    Attributes:
+        name: "base_shared", "base_lr_shared" or "lr_precomputed".
+        adapters: loaded adapters with a LoRA on some k_proj or v_proj, sorted.
+        group: of those, the ones that share A; only with "base_lr_shared".
+    """
+
+    name: str
+    adapters: tuple[str, ...]
+    group: tuple[str, ...] = ()
+
+    def readers(self, agent: Agent) -> list[tuple[Entry, tuple[str, ...]]]:
+        """Low-rank caches that the agent needs, each with the agent's adapters that read it. Empty for the base model."""
+        names = tuple(name for name in agent if name in self.adapters)
+        if self.name == "lr_precomputed":
+            return [(Entry((name,), (name,)), (name,)) for name in names]
+        found: list[tuple[Entry, tuple[str, ...]]] = []
+        members = tuple(name for name in names if name in self.group)
+        if members:
+            found.append((self._shared_entry(), members))
+        private = tuple(name for name in names if name not in self.group)
+        if private:
+            # The private part belongs to the whole combination: its hidden states are those of all active adapters.
+            found.append((Entry(agent, private), private))
+        return found
+
+    def writers(self, agent: Agent) -> list[Entry]:
+        """Low-rank caches that are written while the agent processes tokens."""
+        if self.name == "lr_precomputed":
+            return [Entry((name,), (name,)) for name in self.adapters]
+        entries = [entry for entry, _ in self.readers(agent)]
+        if self.group and all(entry.key != SHARED_ENTRY for entry in entries):
+            # Whoever processes a token, the base model included, writes the common entry.
+            entries.append(self._shared_entry())
+        return entries
+
+    def _shared_entry(self) -> Entry:
+        return Entry(SHARED_ENTRY, self.group, shared=True)
+
+
+def check_sharing(sharing: str) -> None:
+    """Refuse an unknown policy name.
+
+    Raises:
+        SharedCacheError: with the name and the known ones.
+    """
+    if sharing not in SHARING_POLICIES:
+        raise SharedCacheError(f"sharing is {sharing!r}, expected one of {', '.join(map(repr, SHARING_POLICIES))}")
+
+
+DownDigests = dict[tuple[int, str], tuple[int, ...]]
+"""(layer index, "k_proj" or "v_proj") -> content of the down-projection there."""
+
+
+def first_difference(digests: dict[str, DownDigests]) -> tuple[int, str, str, str] | None:
+    """Where two adapters have different A's: (layer index, projection, adapter, other adapter), or None.
+
+    An adapter without a LoRA on a layer agrees with every other one there: it reads nothing.
+    """
+    seen: dict[tuple[int, str], str] = {}
+    for name in sorted(digests):
+        for place, value in sorted(digests[name].items()):
+            other = seen.setdefault(place, name)
+            if digests[other][place] != value:
+                return (*place, other, name)
+    return None
+
+
+def sharing_group(digests: dict[str, DownDigests], first: Sequence[str]) -> tuple[str, ...]:
+    """The adapters whose A's agree with those of ``first`` (which agree among each other), sorted."""
+    group = [name for name in first if name in digests]
+    for name in sorted(digests):
+        if name not in group and first_difference({n: digests[n] for n in (*group, name)}) is None:
+            group.append(name)
+    return tuple(sorted(group))
