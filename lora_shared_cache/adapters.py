@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -57,19 +58,24 @@ class DownProjection:
         return torch.cat((a, a.new_ones(*a.shape[:-1], 1)), dim=-1) if self.ones else a
 
 
-def names_on(module: nn.Module, names: Iterable[str]) -> list[str]:
+def is_lora(module: Any) -> bool:
+    """Whether PEFT put LoRA on this linear layer."""
+    return isinstance(module, LoraLayer)
+
+
+def names_on(module: Any, names: Iterable[str]) -> list[str]:
     """Those of ``names`` that have a LoRA on this linear layer."""
-    return [name for name in names if name in module.lora_A] if isinstance(module, LoraLayer) else []
+    return [name for name in names if name in module.lora_A] if is_lora(module) else []
 
 
-def down_projection(module: LoraLayer, names: Sequence[str]) -> DownProjection:
+def down_projection(module: Any, names: Sequence[str]) -> DownProjection:
     """The A's of adapters ``names`` (each on this layer), stacked."""
     weights = [module.lora_A[name].weight for name in names]
     weight = weights[0] if len(weights) == 1 else torch.cat([w.to(weights[0].dtype) for w in weights])
     return DownProjection(weight.detach(), any(module.lora_bias.get(name, False) for name in names))
 
 
-def up_projection(module: LoraLayer, names: Sequence[str], head_dim: int, shared: bool, ones: bool) -> torch.Tensor:
+def up_projection(module: Any, names: Sequence[str], head_dim: int, shared: bool, ones: bool) -> torch.Tensor:
     """The B's of ``names`` times their scaling, split into heads.
 
     Args:
@@ -94,7 +100,7 @@ def up_projection(module: LoraLayer, names: Sequence[str], head_dim: int, shared
     return up.view(up.shape[0], -1, head_dim).transpose(0, 1).contiguous()
 
 
-def content_tensors(lora_layers: Iterable[tuple[str, LoraLayer]], name: str) -> tuple[list[torch.Tensor], list[float]]:
+def content_tensors(lora_layers: Iterable[tuple[str, Any]], name: str) -> tuple[list[torch.Tensor], list[float]]:
     """All tensors of an adapter, and its scalings, in module order."""
     tensors: list[torch.Tensor] = []
     scalings: list[float] = []
@@ -147,7 +153,7 @@ def digest(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_expressible(path: str, module: nn.Module, names: Iterable[str]) -> None:
+def check_expressible(path: str, module: Any, names: Iterable[str]) -> None:
     """Refuse what the split can't express on one ``k_proj`` or ``v_proj``.
 
     Raises:
@@ -159,29 +165,30 @@ def check_expressible(path: str, module: nn.Module, names: Iterable[str]) -> Non
         raise UnsupportedAdapterError(
             f"{path}: LoRA through target_parameters has no down-projection; use target_modules"
         )
-    if not isinstance(module, LoraLayer):
+    if not is_lora(module):
         raise UnsupportedAdapterError(
             f"{path} is adapted by {type(module).__name__}, which is not LoRA. Only LoRA on k_proj and v_proj can be split; "
             "use target_modules without them, or a DynamicCache per adapter"
         )
+    layer: Any = module
     for name in names_on(module, names):
-        if module.use_dora.get(name, False):
+        if layer.use_dora.get(name, False):
             raise UnsupportedAdapterError(
                 f"{path}: adapter {name!r} uses DoRA, which rescales base and low-rank part together. Train it without DoRA on "
                 "k_proj and v_proj, or use a DynamicCache per adapter"
             )
-        if name in module.lora_variant:
-            variant = module.lora_variant[name]
+        if name in layer.lora_variant:
+            variant = layer.lora_variant[name]
             variant_name = variant.__name__ if isinstance(variant, type) else type(variant).__name__
             raise UnsupportedAdapterError(
                 f"{path}: adapter {name!r} uses {variant_name}, which the split can't express"
             )
-        weight = getattr(module.lora_B[name], "weight", None)
+        weight = getattr(layer.lora_B[name], "weight", None)
         if weight is None or weight.dim() != 2 or not weight.is_floating_point():
             raise UnsupportedAdapterError(f"{path}: the up-projection of adapter {name!r} is not a plain weight matrix")
 
 
-def check_not_merged(lora_layers: Iterable[tuple[str, LoraLayer]]) -> None:
+def check_not_merged(lora_layers: Iterable[tuple[str, Any]]) -> None:
     """Refuse merged adapters: their base weights are no longer the base.
 
     Raises:
@@ -195,7 +202,7 @@ def check_not_merged(lora_layers: Iterable[tuple[str, LoraLayer]]) -> None:
             )
 
 
-def check_no_dropout(lora_layers: Iterable[tuple[str, LoraLayer]], agent: Agent) -> None:
+def check_no_dropout(lora_layers: Iterable[tuple[str, Any]], agent: Agent) -> None:
     """Refuse LoRA dropout in training mode.
 
     Raises:
@@ -211,7 +218,7 @@ def check_no_dropout(lora_layers: Iterable[tuple[str, LoraLayer]], agent: Agent)
                 )
 
 
-def check_model_wide(model: nn.Module, peft_config: dict, names: Sequence[str]) -> None:
+def check_model_wide(model: Any, peft_config: dict, names: Sequence[str]) -> None:
     """Refuse adapters under which the base itself differs.
 
     Args:

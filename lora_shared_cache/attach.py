@@ -30,7 +30,7 @@ from .attachment import (
 )
 from .attention import register_attention
 from .errors import SharedCacheError, UnsupportedModelError
-from .forward import run_attention_layer, run_decoder, shared_cache_in
+from .forward import clear_interrupted_pass, run_attention_layer, run_decoder, shared_cache_in
 from .generation import run_generate
 from .scopes import layer_scope
 
@@ -135,7 +135,7 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     return None
 
 
-def _unwrap(model: nn.Module) -> PreTrainedModel:
+def _unwrap(model: Any) -> Any:
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(root, PreTrainedModel):
         raise UnsupportedModelError(
@@ -144,8 +144,8 @@ def _unwrap(model: nn.Module) -> PreTrainedModel:
     return root
 
 
-def _attention_layers(root: PreTrainedModel) -> dict[str, nn.Module]:
-    found = {}
+def _attention_layers(root: PreTrainedModel) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for path, module in root.named_modules():
         if isinstance(getattr(module, "layer_idx", None), int) and "attention" in type(module).__name__.lower():
             found[path] = module
@@ -172,6 +172,7 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _decoder_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    clear_interrupted_pass()
     cache = shared_cache_in(args, kwargs)
     if cache is None:
         return call_original(self, *args, **kwargs)
@@ -181,7 +182,7 @@ def _decoder_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     return run_decoder(record_of(self).owner, cache, kwargs)
 
 
-def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     record = self.__dict__[_GENERATE_RECORD]
     original = type(self).generate.__get__(self) if record.original is None else record.original
     cache = shared_cache_in((), kwargs)

@@ -14,12 +14,10 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel
 
 from . import adapters as peft_adapters
-from .adapters import Agent
+from .adapters import Agent, is_lora
 from .attention import ATTENTION_NAME, forget_original, remember_original
 from .errors import UnsupportedAdapterError, UnsupportedModelError
 from .layout import NO_ROTATION, LayoutProbe, RotaryLayout, find_layout
@@ -47,7 +45,7 @@ class AttentionLayer:
         layout: how keys are rotated; None until the first shared forward pass tried it out.
     """
 
-    module: nn.Module
+    module: Any
     path: str
     layer_idx: int
     rope_key: str
@@ -60,14 +58,14 @@ class AttentionLayer:
         """Path and class, for messages."""
         return f"{self.path} ({type(self.module).__name__})"
 
-    def projection(self, which: str) -> nn.Module:
+    def projection(self, which: str) -> Any:
         """The module ``k_proj`` or ``v_proj`` as it is now (PEFT replaces it when the first adapter comes)."""
         return getattr(self.module, which)
 
     def out_features(self, which: str) -> int:
         """Output width Hk * D of ``k_proj`` or ``v_proj``."""
         projection = self.projection(which)
-        return projection.out_features
+        return int(projection.out_features)
 
     @property
     def head_dim(self) -> int:
@@ -80,7 +78,7 @@ class AttentionLayer:
         Raises:
             UnsupportedModelError: the layer can't be expressed as base + low-rank part.
         """
-        adapted = tuple(which for which in PROJECTIONS if isinstance(self.projection(which), LoraLayer))
+        adapted = tuple(which for which in PROJECTIONS if is_lora(self.projection(which)))
         if self.layout is not None and self.probed == adapted:
             return
         if not adapted:
@@ -107,13 +105,14 @@ class Attachment:
         active: shared forward passes under way; the attention implementation is ours while there is one.
     """
 
-    root: PreTrainedModel
-    decoder: PreTrainedModel
+    root: Any
+    decoder: Any
     layers: dict[int, AttentionLayer] = field(default_factory=dict)
-    lora_layers: list[tuple[str, LoraLayer]] = field(default_factory=list)
+    lora_layers: list[tuple[str, Any]] = field(default_factory=list)
     originals: list[tuple[Any, str]] = field(default_factory=list)
     active: int = 0
     _structure: Any = None
+    _checked: Any = None
     _tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     _weights: dict[Any, Any] = field(default_factory=dict)
     _digests: dict[str, Any] = field(default_factory=dict)
@@ -129,11 +128,11 @@ class Attachment:
         )
         if structure == self._structure:
             return False
-        self.lora_layers = [(path, m) for path, m in self.root.named_modules() if isinstance(m, LoraLayer)]
+        self.lora_layers = [(path, m) for path, m in self.root.named_modules() if is_lora(m)]
         for layer in self.layers.values():
             for which in PROJECTIONS:
                 projection = layer.projection(which)
-                if isinstance(projection, LoraLayer):
+                if is_lora(projection):
                     replace_forward(projection, ProjectionRecord(layer, which), _projection_forward)
         structure = (
             structure[0],
@@ -154,7 +153,7 @@ class Attachment:
         for layer in self.layers.values():
             for which in PROJECTIONS:
                 projection = layer.projection(which)
-                if isinstance(projection, LoraLayer):
+                if is_lora(projection):
                     names.update(projection.lora_A)
         return tuple(sorted(names))
 
@@ -163,8 +162,11 @@ class Attachment:
         for _, module in self.lora_layers:
             if module.disable_adapters:
                 return ()
-            known = self.adapters() if len(module.active_adapters) > 1 else None
-            return tuple(sorted(n for n in module.active_adapters if known is None or n in known))
+            active = module.active_adapters
+            if not all(name in module.scaling for name in active):
+                # Some adapters may not be on this layer, and a deleted one may still be named.
+                active = [name for name in active if name in self.adapters()]
+            return tuple(sorted(set(active)))
         return ()
 
     # ---- content ---------------------------------------------------------------------------------------------------
@@ -190,19 +192,19 @@ class Attachment:
         """Content of an adapter: every weight and scaling. Read anew at each call; this is what notices a hot-swap."""
         tensors, scalings = peft_adapters.content_tensors(self.lora_layers, name)
         current = (*peft_adapters.digest(tensors), tuple(scalings))
+        self._tensors[name] = tensors
         if self._digests.get(name) != current:
             self._digests[name] = current
             self._weights.clear()
-            self._tensors.pop(name, None)
         return current
 
     def down_total(self, name: str) -> tuple:
         """Content of all A's of an adapter on ``k_proj`` and ``v_proj`` together; cheaper than :meth:`down_digests`."""
-        weights = []
+        weights: list[Any] = []
         for layer in self.layers.values():
             for which in PROJECTIONS:
                 projection = layer.projection(which)
-                if isinstance(projection, LoraLayer) and name in projection.lora_A:
+                if is_lora(projection) and name in projection.lora_A:
                     weights.append(projection.lora_A[name].weight)
         return peft_adapters.digest(weights)
 
@@ -212,7 +214,7 @@ class Attachment:
         for index, layer in self.layers.items():
             for which in PROJECTIONS:
                 projection = layer.projection(which)
-                if isinstance(projection, LoraLayer) and name in projection.lora_A:
+                if is_lora(projection) and name in projection.lora_A:
                     down = peft_adapters.down_projection(projection, [name])
                     places[index, which] = (*peft_adapters.digest([down.weight]), down.rank, int(down.ones))
         return places
@@ -235,7 +237,9 @@ class Attachment:
             UnsupportedAdapterError: with the layer, the adapter and the feature.
         """
         loaded = self.adapters()
-        peft_adapters.check_model_wide(self.root, getattr(self.root, "peft_config", {}) or {}, loaded)
+        if self._checked != self._structure:
+            peft_adapters.check_model_wide(self.root, getattr(self.root, "peft_config", {}) or {}, loaded)
+            self._checked = self._structure
         wanted = {*names, *agent}
         for layer in self.layers.values():
             for which in PROJECTIONS:
@@ -290,7 +294,7 @@ class ModuleRecord:
     original: Any = None
 
 
-def call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def call_original(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward that the module had before it was attached."""
     original = getattr(module, _RECORD).original
     return type(module).forward(module, *args, **kwargs) if original is None else original(*args, **kwargs)
@@ -302,6 +306,10 @@ def record_of(module: nn.Module) -> Any:
 
 
 def replace_forward(module: nn.Module, record: Any, function: Callable[..., Any]) -> None:
+    """Give one module (not its class) another forward: ``function(module, *args, **kwargs)``.
+
+    A module that was replaced before gets the new record only.
+    """
     if record_of(module) is not None:
         setattr(module, _RECORD, _keep_original(record, record_of(module)))
         return
@@ -313,7 +321,8 @@ def replace_forward(module: nn.Module, record: Any, function: Callable[..., Any]
 
 
 def thin(function: Callable[..., Any]) -> Callable[..., Any]:
-    # A new function object for each module, as `functools.wraps` writes on it.
+    """A new function object that calls ``function``, for ``functools.wraps`` to write on."""
+
     def forward(self, *args, **kwargs):
         return function(self, *args, **kwargs)
 
@@ -326,6 +335,7 @@ def _keep_original(record: Any, previous: Any) -> Any:
 
 
 def restore_forward(module: nn.Module) -> None:
+    """Undo :func:`replace_forward`; other modules are left alone."""
     record = module.__dict__.pop(_RECORD, None)
     if record is None:
         return

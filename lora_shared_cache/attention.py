@@ -6,7 +6,9 @@ over to the model's own implementation. Registering attention without the mask f
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +23,24 @@ from .scopes import forward_scope, layer_scope
 
 # No "flash", "sdpa" or "flex_attention" in it: Transformers special-cases such names by substring.
 ATTENTION_NAME = "shared_lora"
+BACKEND_VARIABLE = "LORA_SHARED_CACHE_BACKEND"
 
 # Implementation that a config had before ours was switched on for a forward pass, by id of the config.
 _originals: dict[int, str] = {}
+
+
+def attention_backend(device: torch.device) -> str | None:
+    """What LORA_SHARED_CACHE_BACKEND forces ("reference" or "triton"), else "reference" off CUDA and None (choose) on it.
+
+    Raises:
+        SharedCacheError: the variable holds anything else.
+    """
+    chosen = os.environ.get(BACKEND_VARIABLE)
+    if chosen in ("reference", "triton"):
+        return chosen
+    if chosen:
+        raise SharedCacheError(f"{BACKEND_VARIABLE} is {chosen!r}, expected 'reference' or 'triton'")
+    return None if device.type == "cuda" else "reference"
 
 
 def register_attention() -> None:
@@ -101,9 +118,9 @@ def shared_lora_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _original_attention(module: nn.Module):
+def _original_attention(module: nn.Module) -> Callable[..., Any]:
     name = _original_implementation(getattr(module, "config", None))
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
@@ -113,7 +130,7 @@ def shared_lora_mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function=causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,

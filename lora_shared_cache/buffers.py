@@ -55,21 +55,25 @@ class TokenBuffer:
         tokens = self.capacity if length is None else min(length, self.capacity)
         return self.data.numel() // max(1, self.capacity) * tokens * self.data.element_size()
 
+    @torch.inference_mode(False)
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep the batch rows ``rows``, in that order."""
         if self.data is not None and not self._one_row_for_all:
             self.data = self.data.index_select(0, rows.to(self.data.device))
 
+    @torch.inference_mode(False)
     def repeat_rows(self, repeats: int) -> None:
         """Each batch row ``repeats`` times in a row."""
         if self.data is not None and not self._one_row_for_all:
             self.data = self.data.repeat_interleave(repeats, dim=0)
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> None:
         """Move the storage."""
         if self.data is not None:
             self.data = self.data.to(device, non_blocking=True)
 
+    @torch.inference_mode(False)
     def clone(self) -> TokenBuffer:
         """An independent copy."""
         copy = TokenBuffer(self.token_dim, self.max_tokens, self.broadcast_rows)

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class SharedLoRACache(SharedCacheBase):
                 f"low_rank_dtype is {low_rank_dtype}, expected one of {', '.join(map(str, _FLOATS))}"
             )
         super().__init__(layers=[])
+        self.layers: list[SharedLoRALayer] = []  # type: ignore[assignment]
         self.sharing = sharing
         self.max_cache_len = max_cache_len
         self.low_rank_dtype = low_rank_dtype
@@ -368,7 +370,7 @@ class SharedLoRACache(SharedCacheBase):
         if torch.compiler.is_compiling():
             raise UnsupportedModelError("call lora_shared_cache.attach(model) before torch.compile")
         decoder_frame = inner = root = None
-        frame = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             module = frame.f_locals.get("self")
             if isinstance(module, PreTrainedModel):
@@ -403,7 +405,7 @@ class SharedLoRACache(SharedCacheBase):
 
         Args:
             attachment: the model.
-            whole: read the adapters' content anew (not only what PyTorch counts as a change).
+            whole: read the adapters' content anew, not only what PyTorch counts as a change (once per ``generate``).
 
         Raises:
             UnsupportedAdapterError: the split can't express the present state.
@@ -412,12 +414,13 @@ class SharedLoRACache(SharedCacheBase):
         peft_adapters.check_not_merged(attachment.lora_layers)
         if attachment.decoder.training:
             peft_adapters.check_no_dropout(attachment.lora_layers, agent)
-        known = self._policy is not None and agent == self._last_agent
-        if known and not whole and attachment.weights_version(self._watched(agent)) == self._last_version:
+        unchanged = (
+            self._policy is not None
+            and agent == self._last_agent
+            and attachment.weights_version(self._watched(agent)) == self._last_version
+        )
+        if unchanged and (not whole or self._in_prompt):
             return agent
-        if known and self._in_prompt and not self._turn_is_due:
-            return agent
-        self._turn_is_due = False
         attachment.refresh()
         agent = attachment.agent()
         self._drop_changed(attachment)
@@ -432,8 +435,6 @@ class SharedLoRACache(SharedCacheBase):
         self._last_agent = agent
         self._last_version = attachment.weights_version(self._watched(agent))
         return agent
-
-    _turn_is_due = True
 
     def _watched(self, agent: Agent) -> tuple[str, ...]:
         return tuple(sorted({*agent, *self._identities}))
@@ -579,7 +580,6 @@ class SharedLoRACache(SharedCacheBase):
             yield
         finally:
             self._in_prompt, self._prompt_length, self._limit = False, 0, None
-            self._turn_is_due = True
 
     def _not_while_running(self, what: str) -> None:
         now = forward_scope.get()
@@ -588,7 +588,8 @@ class SharedLoRACache(SharedCacheBase):
 
     def _rope_buffers(self, key: str) -> tuple[TokenBuffer, TokenBuffer]:
         if key not in self._ropes:
-            self._ropes[key] = tuple(TokenBuffer(-2, self.max_cache_len, broadcast_rows=True) for _ in range(2))
+            cos, sin = (TokenBuffer(-2, self.max_cache_len, broadcast_rows=True) for _ in range(2))
+            self._ropes[key] = (cos, sin)
         return self._ropes[key]
 
     def _rope_buffers_all(self) -> list[TokenBuffer]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
-from flash_lora_attention import flash_lora_attention_reference
+from flash_lora_attention import flash_lora_attention, flash_lora_attention_reference
 
 from . import adapters as peft_adapters
 from .adapters import Agent
 from .attachment import Attachment, AttentionLayer, call_original
+from .attention import attention_backend
 from .errors import TrajectoryError, UnsupportedAdapterError, UnsupportedModelError
 from .policies import Entry
 from .scopes import forward_scope, layer_scope
@@ -97,7 +99,7 @@ class LayerPass:
 
     # ---- projections -----------------------------------------------------------------------------------------------
 
-    def project(self, which: str, module: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def project(self, which: str, module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What ``k_proj`` or ``v_proj`` returns during the pass: the base alone; ``A x`` goes to the storage.
 
         Args:
@@ -118,7 +120,7 @@ class LayerPass:
         self._write_entries(which, module, x, base.dtype)
         return base
 
-    def _write_entries(self, which: str, module: LoraLayer, x: torch.Tensor, dtype: torch.dtype) -> None:
+    def _write_entries(self, which: str, module: Any, x: torch.Tensor, dtype: torch.dtype) -> None:
         now = self.forward_pass
         pending = [(entry, start) for entry, start in now.writers if start < now.stop]
         if not pending:
@@ -160,14 +162,19 @@ class LayerPass:
         value_low_rank, value_up = self._low_rank("v_proj")
         layout = self.layer.layout
         assert layout is not None
-        if key_low_rank is not None and key.device.type == "cpu":
+        backend = attention_backend(query.device)
+        if key_low_rank is not None and key_up is not None and backend == "reference" and query.device.type == "cpu":
             # Expanding is a matrix product over all tokens; on the CPU the agent's expanded keys are kept and appended to.
             key = self._expanded_keys(key, key_low_rank, key_up)
             key_low_rank = key_up = None
         cos = sin = None
         if key_low_rank is not None and layout.rotary_dim:
             cos, sin = self._rope(0)
-        return flash_lora_attention_reference(
+        if backend == "reference":
+            attention: Callable[..., Any] = flash_lora_attention_reference
+        else:
+            attention = partial(flash_lora_attention, backend=backend)
+        out = attention(
             query,
             key,
             value,
@@ -181,6 +188,7 @@ class LayerPass:
             rotary_interleaved=layout.interleaved,
             **kwargs,
         )
+        return cast(torch.Tensor, out)
 
     def _low_rank(self, which: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The agent's entries (B, stop, r) and up-projections (Hk, r, D) for one projection, or None twice."""
@@ -195,7 +203,7 @@ class LayerPass:
             buffer = self.storage.entries[entry.key][which]
             key = ("up", self.layer.layer_idx, which, entry.key, names_here)
             up = now.attachment.cached_weights(
-                key, lambda names=names_here, entry=entry: _up_projection(module, entry, names, self.layer.head_dim)
+                key, partial(_up_projection, module, entry, names_here, self.layer.head_dim)
             )
             entries.append(buffer.view(now.stop))
             ups.append(up)
@@ -223,7 +231,7 @@ class LayerPass:
         return storage.expanded.view(now.stop)
 
 
-def _down_plan(module: LoraLayer, entries: list[Entry]) -> tuple[torch.Tensor, list[tuple[int, bool]]] | None:
+def _down_plan(module: Any, entries: list[Entry]) -> tuple[torch.Tensor, list[tuple[int, bool]]] | None:
     """The A's of all entries below each other, and each entry's rank and whether a column of ones follows."""
     downs = []
     for entry in entries:
@@ -238,7 +246,7 @@ def _down_plan(module: LoraLayer, entries: list[Entry]) -> tuple[torch.Tensor, l
     return weight, [(0, False) if down is None else (down.weight.shape[0], down.ones) for down in downs]
 
 
-def _up_projection(module: LoraLayer, entry: Entry, names: tuple[str, ...], head_dim: int) -> torch.Tensor:
+def _up_projection(module: Any, entry: Entry, names: tuple[str, ...], head_dim: int) -> torch.Tensor:
     on_module = peft_adapters.names_on(module, entry.names)
     computed_with = on_module[:1] if entry.shared else on_module
     ones = any(module.lora_bias.get(name, False) for name in computed_with)
@@ -281,7 +289,7 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
 def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]) -> Any:
     """The decoder's forward with a shared cache."""
     outer = forward_scope.get()
-    if outer is not None and outer.cache is cache and not outer.entered_from_inside:
+    if outer is not None and outer.cache is cache:
         return call_original(attachment.decoder, **kwargs)
     with cache._exclusive():
         now, kwargs = begin(attachment, cache, kwargs)
@@ -306,6 +314,16 @@ def enter_from_inside(attachment: Attachment, cache: SharedLoRACache, frame_loca
     now.entered_from_inside = True
     attachment.enter()
     forward_scope.set(now)
+
+
+def clear_interrupted_pass() -> None:
+    """End a pass that was entered from inside and then broke off between two attention layers.
+
+    Nothing wraps such a pass, so the next call of the decoder in this thread cleans up. Nothing of it was committed.
+    """
+    now = forward_scope.get()
+    if now is not None and now.entered_from_inside:
+        _leave_from_inside(now)
 
 
 def _leave_from_inside(now: ForwardPass) -> None:

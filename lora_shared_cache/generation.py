@@ -32,7 +32,8 @@ def run_generate(
     """
     cache._bind(attachment)
     if cache.trajectory_length == 0:
-        return original(*args, **kwargs)
+        with cache._prompt(0, None):
+            return original(*args, **kwargs)
     inputs = args[0] if args else kwargs.get("inputs")
     if inputs is None:
         inputs = kwargs.get("input_ids")

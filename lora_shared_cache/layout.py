@@ -162,12 +162,14 @@ def find_layout(
     if "k_proj" not in widths:
         return NO_ROTATION
     difference = after[0] - before[0]
+    delta_heads = heads(delta["k_proj"])
     for layout in _candidates(None if cos is None else cos.shape[-1], head_dim):
-        angles = (None, None) if cos is None else (layout.half_width(cos), layout.half_width(sin))
-        if layout.columns == "all" or layout.rotary_dim == 0:
-            expected = layout.rotate(heads(delta["k_proj"]), *angles)
+        if cos is None or sin is None or layout.rotary_dim == 0:
+            expected = delta_heads
+        elif layout.columns == "all":
+            expected = layout.rotate(delta_heads, cos, sin)
         else:
-            expected = _rotate_full(heads(delta["k_proj"]), cos, sin, layout)
+            expected = _rotate_full(delta_heads, cos, sin, layout)
         if explains(expected, difference):
             return layout
     raise UnsupportedModelError(

@@ -6,6 +6,7 @@ two threads with two caches on one model can't mix and an exception leaves nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -29,7 +30,7 @@ class Scope:
         self._var.set(value)
 
     @contextmanager
-    def __call__(self, value: Any):
+    def __call__(self, value: Any) -> Iterator[None]:
         """Set the value for a ``with`` block."""
         if torch.compiler.is_compiling():
             previous, self._traced = self._traced, value

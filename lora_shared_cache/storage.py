@@ -54,13 +54,13 @@ class SharedLoRALayer(CacheLayerMixin):
     # ---- the contract of CacheLayerMixin ---------------------------------------------------------------------------
 
     @property
-    def keys(self) -> torch.Tensor | None:
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """Base keys (B, Hk, T, D) of the whole trajectory, or None while empty."""
         length = self._cache.trajectory_length
         return self.base_keys.view(length) if length and self.is_initialized else None
 
     @property
-    def values(self) -> torch.Tensor | None:
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """Base values (B, Hk, T, D) of the whole trajectory, or None while empty."""
         length = self._cache.trajectory_length
         return self.base_values.view(length) if length and self.is_initialized else None
@@ -106,7 +106,7 @@ class SharedLoRALayer(CacheLayerMixin):
         """Release all storage."""
         self._clear()
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep the batch rows ``beam_idx``, in that order."""
         for buffer in self.buffers():
             buffer.select_rows(beam_idx)
