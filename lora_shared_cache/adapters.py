@@ -29,6 +29,8 @@ Agent = tuple[str, ...]
 # model is no longer the base of both.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
+_PEFT_HOOKS = ("_adapter_names_pre_forward_hook", "_alora_offsets_pre_forward_hook")
+
 
 def agent_name(agent: Agent) -> str:
     """The agent as a text: "plan", "plan+act" or "__base__"."""
@@ -186,6 +188,16 @@ def check_expressible(path: str, module: Any, names: Iterable[str]) -> None:
         weight = getattr(layer.lora_B[name], "weight", None)
         if weight is None or weight.dim() != 2 or not weight.is_floating_point():
             raise UnsupportedAdapterError(f"{path}: the up-projection of adapter {name!r} is not a plain weight matrix")
+
+
+def remove_left_hooks(lora_layers: Iterable[tuple[str, Any]]) -> None:
+    """Remove the hooks of ``adapter_names=`` and aLoRA that PEFT leaves on its layers when a forward pass raises."""
+    for _, module in lora_layers:
+        for key, hook in list(module._forward_pre_hooks.items()):
+            function = getattr(hook, "func", None)
+            if getattr(function, "__name__", "") in _PEFT_HOOKS:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def check_not_merged(lora_layers: Iterable[tuple[str, Any]]) -> None:

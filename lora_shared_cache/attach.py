@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Iterable
 from types import MethodType
 from typing import Any
@@ -34,6 +35,8 @@ from .forward import clear_interrupted_pass, run_attention_layer, run_decoder, s
 from .generation import run_generate
 from .scopes import layer_scope
 
+# Two threads may use their first cache on one model at the same time.
+_attach_lock = threading.Lock()
 _GENERATE_RECORD = "_lora_shared_cache_generate"
 
 
@@ -55,10 +58,16 @@ def attach(model: nn.Module) -> nn.Module:
     """
     register_attention()
     root = _unwrap(model)
+    with _attach_lock:
+        _attach(root)
+    return model
+
+
+def _attach(root: Any) -> None:
     attachment = attachment_of(root)
     if attachment is not None:
         attachment.refresh()
-        return model
+        return
     if getattr(root.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(root).__name__} is an encoder-decoder model; only decoders can share a cache"
@@ -97,7 +106,6 @@ def attach(model: nn.Module) -> nn.Module:
         root.__dict__[_GENERATE_RECORD] = ModuleRecord(attachment, root.__dict__.get("generate"))
         root.__dict__["generate"] = MethodType(functools.wraps(type(root).generate)(thin(_generate)), root)
     attachment.refresh()
-    return model
 
 
 def detach(model: nn.Module) -> nn.Module:

@@ -79,7 +79,7 @@ class SharedLoRACache(SharedCacheBase):
         super().__init__(layers=[])
         self.layers: list[SharedLoRALayer] = []  # type: ignore[assignment]
         self.sharing = sharing
-        self.max_cache_len = max_cache_len
+        self._max_cache_len = max_cache_len
         self.low_rank_dtype = low_rank_dtype
         self.check_tokens = check_tokens
         self._attachment: Attachment | None = None
@@ -114,6 +114,11 @@ class SharedLoRACache(SharedCacheBase):
     def policy(self) -> str | None:
         """The sharing policy in force; None until the first token decided it ("auto")."""
         return None if self._policy is None else self._policy.name
+
+    @property
+    def max_cache_len(self) -> int | None:
+        """Capacity in tokens, or None if the cache grows."""
+        return self._max_cache_len
 
     @property
     def trajectory_length(self) -> int:
@@ -350,7 +355,11 @@ class SharedLoRACache(SharedCacheBase):
         assert attachment is not None
         if self._attachment is attachment:
             return
-        if self._attachment is not None and self._attachment.layers and self.trajectory_length:
+        if self._attachment is not None and self._attachment.root is attachment.root:
+            # The model was detached and attached again; what is cached is still its own.
+            self._attachment = attachment
+            return
+        if self._attachment is not None and self.trajectory_length:
             raise SharedCacheError(
                 f"this cache holds {self.trajectory_length} tokens of another {type(self._attachment.root).__name__}; use one "
                 "SharedLoRACache per model, or cache.reset()"

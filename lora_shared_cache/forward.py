@@ -278,6 +278,7 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
             out = call_original(layer.module, **kwargs)
     except BaseException:
         if now.entered_from_inside:
+            peft_adapters.remove_left_hooks(now.attachment.lora_layers)
             _leave_from_inside(now)
         raise
     if now.entered_from_inside and layer.layer_idx == len(now.attachment.layers) - 1:
@@ -299,6 +300,9 @@ def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str
             with forward_scope(now), torch.no_grad():
                 out = call_original(attachment.decoder, **kwargs)
             now.commit()
+        except BaseException:
+            peft_adapters.remove_left_hooks(attachment.lora_layers)
+            raise
         finally:
             attachment.leave()
     return out
