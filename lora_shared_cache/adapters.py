@@ -190,6 +190,22 @@ def check_expressible(path: str, module: Any, names: Iterable[str]) -> None:
             raise UnsupportedAdapterError(f"{path}: the up-projection of adapter {name!r} is not a plain weight matrix")
 
 
+def check_one_agent_for_all_rows(lora_layers: Iterable[tuple[str, Any]]) -> None:
+    """Refuse ``adapter_names=`` (PEFT passes it to its layers by hooks), before anything is run.
+
+    Raises:
+        UnsupportedAdapterError: rows of the batch have adapters of their own.
+    """
+    for _, module in lora_layers:
+        for hook in module._forward_pre_hooks.values():
+            if getattr(getattr(hook, "func", None), "__name__", "") == _PEFT_HOOKS[0]:
+                raise UnsupportedAdapterError(
+                    "adapter_names= (rows of a batch with different adapters) can't be used with a SharedLoRACache yet. Use "
+                    "model.set_adapter(...) and one cache for each batch"
+                )
+        return
+
+
 def remove_left_hooks(lora_layers: Iterable[tuple[str, Any]]) -> None:
     """Remove the hooks of ``adapter_names=`` and aLoRA that PEFT leaves on its layers when a forward pass raises."""
     for _, module in lora_layers:

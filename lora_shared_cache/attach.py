@@ -58,6 +58,9 @@ def attach(model: nn.Module) -> nn.Module:
     """
     register_attention()
     root = _unwrap(model)
+    if isinstance(model, PeftModel):
+        # The Transformers model inside does not know of prompt tuning.
+        peft_adapters.check_model_wide(root, model.peft_config, tuple(model.peft_config))
     with _attach_lock:
         _attach(root)
     return model

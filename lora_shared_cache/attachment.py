@@ -143,6 +143,10 @@ class Attachment:
         self.forget_weights()
         return True
 
+    def contains(self, module: nn.Module) -> bool:
+        """Whether this attachment is in force and ``module`` a part of its model."""
+        return bool(self.layers) and (module is self.decoder or any(m is module for m in self.root.modules()))
+
     def adapters(self) -> tuple[str, ...]:
         """Names of all adapters that have a LoRA layer, sorted."""
         return tuple(sorted({name for _, module in self.lora_layers for name in module.scaling}))

@@ -37,6 +37,9 @@ class TokenBuffer:
         """Write ``new`` at tokens ``start ...``, keeping the ``start`` tokens before; grows when needed."""
         n = new.shape[self.token_dim]
         stop = start + n
+        if start == 0 and self.data is not None and not self._fits(new):
+            # Nothing before it is valid: what is there came from a pass that failed, or was cropped away.
+            self.data = None
         if self.data is None or stop > self.capacity or new.shape[0] > self.data.shape[0]:
             self._grow(start, stop, new)
         assert self.data is not None
@@ -79,6 +82,12 @@ class TokenBuffer:
         copy = TokenBuffer(self.token_dim, self.max_tokens, self.broadcast_rows)
         copy.data = None if self.data is None else self.data.clone()
         return copy
+
+    def _fits(self, new: torch.Tensor) -> bool:
+        assert self.data is not None
+        same = (self.data.dtype, self.data.device) == (new.dtype, new.device)
+        others = [size for dim, size in enumerate(self.data.shape) if dim != self.data.dim() + self.token_dim]
+        return same and others == [size for dim, size in enumerate(new.shape) if dim != new.dim() + self.token_dim]
 
     @property
     def _one_row_for_all(self) -> bool:

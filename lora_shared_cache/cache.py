@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -359,41 +360,33 @@ class SharedLoRACache(SharedCacheBase):
             # The model was detached and attached again; what is cached is still its own.
             self._attachment = attachment
             return
-        if self._attachment is not None and self.trajectory_length:
-            raise SharedCacheError(
-                f"this cache holds {self.trajectory_length} tokens of another {type(self._attachment.root).__name__}; use one "
-                "SharedLoRACache per model, or cache.reset()"
-            )
+        self._check_model(attachment.root)
         self._attachment = attachment
         self.layers = [SharedLoRALayer(self, self.max_cache_len) for _ in attachment.layers]
         self._forget()
 
+    def _check_model(self, root: nn.Module) -> None:
+        if self._attachment is not None and self._attachment.root is not root and self.trajectory_length:
+            raise SharedCacheError(
+                f"this cache holds {self.trajectory_length} tokens of another {type(self._attachment.root).__name__}; use one "
+                "SharedLoRACache per model, or cache.reset()"
+            )
+
     def _first_use(self) -> bool:
-        """Attach to the model that is calling, if this cache is not attached; True if a pass was entered from inside.
+        """Attach to the model that is calling, if it is not attached yet; True if a pass was entered from inside.
 
         No argument of the cache's methods names the model, so the callers' frames are asked: the innermost Transformers
         model on the stack that has this cache, and the outermost one that contains it.
         """
-        if self._attachment is not None and self._attachment.layers:
+        now = forward_scope.get()
+        if now is not None and now.cache is self:
             return False
         if torch.compiler.is_compiling():
             raise UnsupportedModelError("call lora_shared_cache.attach(model) before torch.compile")
-        decoder_frame = inner = root = None
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None:
-            module = frame.f_locals.get("self")
-            if isinstance(module, PreTrainedModel):
-                if inner is None:
-                    if not _mentions(frame.f_locals, self):
-                        break
-                    inner = root = module
-                elif root is not None and module is not root and any(m is root for m in module.modules()):
-                    root = module
-                if frame.f_code.co_name == "forward" and module is inner:
-                    decoder_frame = frame
-            frame = frame.f_back
-        if root is None:
+        inner, root, decoder_frame = self._calling_model(sys._getframe(2))
+        if root is None or (self._attachment is not None and self._attachment.contains(inner)):
             return False
+        self._check_model(root)
         attach(root)
         attachment = attachment_of(root)
         assert attachment is not None
@@ -406,6 +399,25 @@ class SharedLoRACache(SharedCacheBase):
             )
         enter_from_inside(attachment, self, dict(decoder_frame.f_locals))
         return True
+
+    def _calling_model(self, frame: FrameType | None) -> tuple[Any, Any, FrameType | None]:
+        """The Transformers model that called, the outermost one around it, and the former's running forward, if any."""
+        inner = root = decoder_frame = None
+        while frame is not None:
+            module = frame.f_locals.get("self")
+            if isinstance(module, PeftModel) and root is not None and module.get_base_model() is root:
+                peft_adapters.check_model_wide(root, module.peft_config, tuple(module.peft_config))
+            elif isinstance(module, PreTrainedModel):
+                if inner is None:
+                    if not _mentions(frame.f_locals, self):
+                        break
+                    inner = root = module
+                elif module is not root and any(m is root for m in module.modules()):
+                    root = module
+                if frame.f_code.co_name == "forward" and module is inner:
+                    decoder_frame = frame
+            frame = frame.f_back
+        return inner, root, decoder_frame
 
     # ---- turns -----------------------------------------------------------------------------------------------------
 
@@ -452,8 +464,17 @@ class SharedLoRACache(SharedCacheBase):
         """Drop what a changed or deleted adapter left, when nothing is running."""
         now = forward_scope.get()
         if self._attachment is not None and self.trajectory_length and not (now is not None and now.cache is self):
-            self._attachment.refresh()
-            self._drop_changed(self._attachment)
+            attachment, policy = self._attachment, self._policy
+            attachment.refresh()
+            self._drop_changed(attachment)
+            names = attachment.adapters_on_keys_or_values()
+            if policy is not None and names != policy.adapters:
+                # Whether a newcomer is refused is decided when it runs; until then it just has no entries.
+                if policy.name == "base_lr_shared":
+                    self._read_down_projections(attachment, names)
+                    self._policy = Policy(policy.name, names, self._regroup(self._down_digests))
+                else:
+                    self._policy = Policy(policy.name, names)
 
     def _drop_changed(self, attachment: Attachment) -> None:
         loaded = attachment.adapters()
@@ -567,6 +588,8 @@ class SharedLoRACache(SharedCacheBase):
         self._first_token = {name: first for name, first in self._first_token.items() if first < length}
         for layer in self.layers:
             layer.expanded_length = min(layer.expanded_length, length)
+            if length == 0:
+                layer.reset()
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 

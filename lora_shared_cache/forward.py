@@ -16,7 +16,7 @@ from . import adapters as peft_adapters
 from .adapters import Agent
 from .attachment import Attachment, AttentionLayer, call_original
 from .attention import attention_backend
-from .errors import TrajectoryError, UnsupportedAdapterError, UnsupportedModelError
+from .errors import TrajectoryError, UnsupportedModelError
 from .policies import Entry
 from .scopes import forward_scope, layer_scope
 from .storage import SharedCacheBase, SharedLoRALayer
@@ -108,11 +108,6 @@ class LayerPass:
         Returns:
             (B, n, Hk * D).
         """
-        if kwargs.get("adapter_names") is not None:
-            raise UnsupportedAdapterError(
-                "adapter_names= (rows of a batch with different adapters) can't be used with a SharedLoRACache yet. Use "
-                "model.set_adapter(...) and one cache for each batch"
-            )
         if module.disable_adapters and module.merged:
             # PEFT's own forward does this too: a disabled adapter must not stay in the base weights.
             module.unmerge()
@@ -125,7 +120,7 @@ class LayerPass:
         pending = [(entry, start) for entry, start in now.writers if start < now.stop]
         if not pending:
             return
-        key = ("down", self.layer.layer_idx, which, tuple(entry.key for entry, _ in pending))
+        key = ("down", self.layer.layer_idx, which, tuple(entry for entry, _ in pending))
         plan = now.attachment.cached_weights(key, lambda: _down_plan(module, [entry for entry, _ in pending]))
         if plan is None:
             return
@@ -201,7 +196,7 @@ class LayerPass:
             if not names_here:
                 continue
             buffer = self.storage.entries[entry.key][which]
-            key = ("up", self.layer.layer_idx, which, entry.key, names_here)
+            key = ("up", self.layer.layer_idx, which, entry, names_here)
             up = now.attachment.cached_weights(
                 key, partial(_up_projection, module, entry, names_here, self.layer.head_dim)
             )
@@ -293,18 +288,19 @@ def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str
     if outer is not None and outer.cache is cache:
         return call_original(attachment.decoder, **kwargs)
     with cache._exclusive():
-        now, kwargs = begin(attachment, cache, kwargs)
-        attachment.enter()
         try:
-            # What is cached carries no gradient; a gradient through the rest alone would be silently wrong.
-            with forward_scope(now), torch.no_grad():
-                out = call_original(attachment.decoder, **kwargs)
-            now.commit()
+            now, kwargs = begin(attachment, cache, kwargs)
+            attachment.enter()
+            try:
+                # What is cached carries no gradient; a gradient through the rest alone would be silently wrong.
+                with forward_scope(now), torch.no_grad():
+                    out = call_original(attachment.decoder, **kwargs)
+                now.commit()
+            finally:
+                attachment.leave()
         except BaseException:
             peft_adapters.remove_left_hooks(attachment.lora_layers)
             raise
-        finally:
-            attachment.leave()
     return out
 
 
@@ -314,7 +310,11 @@ def enter_from_inside(attachment: Attachment, cache: SharedLoRACache, frame_loca
     kwargs = {name: frame_locals.get(name) for name in names}
     if kwargs["input_ids"] is not None:
         kwargs["inputs_embeds"] = None
-    now, _ = begin(attachment, cache, kwargs)
+    try:
+        now, _ = begin(attachment, cache, kwargs)
+    except BaseException:
+        peft_adapters.remove_left_hooks(attachment.lora_layers)
+        raise
     now.entered_from_inside = True
     attachment.enter()
     forward_scope.set(now)
@@ -353,6 +353,7 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
         UnsupportedAdapterError, UnsupportedModelError: the split can't express the model's present state.
     """
     cache._bind(attachment)
+    peft_adapters.check_one_agent_for_all_rows(attachment.lora_layers)
     inputs = kwargs.get("input_ids")
     if inputs is None:
         inputs = kwargs.get("inputs_embeds")
@@ -379,7 +380,7 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
     if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:
         position_ids = None
     start = _start_of(n, told, mask, position_ids, trajectory.length, trajectory.attention_mask is not None)
-    if start is None or start < 0:
+    if start < 0:
         assert mask is not None
         raise TrajectoryError(
             f"the attention_mask has {mask.shape[1]} columns for {n} tokens; it must cover the {told} cached tokens and the "
@@ -389,6 +390,8 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
     known = ids if ids is not None else inputs.new_full((rows, n), UNKNOWN_TOKEN, dtype=torch.long)
     if cache.check_tokens:
         trajectory.check_tokens(known, start)
+    if n > 1 and cache.check_tokens and position_ids is not None:
+        trajectory.check_positions(position_ids, start)
     if start < covered:
         drop = _tokens_to_drop(start, n, covered, cache)
         kwargs, known, start, n = _drop_tokens(kwargs, known, drop), known[:, drop:], start + drop, n - drop
@@ -400,8 +403,6 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
         n, start = n + start - covered, covered
     if n > 1 and cache.check_tokens:
         trajectory.check_padding(mask)
-        if position_ids is not None:
-            trajectory.check_positions(position_ids, start)
     stop = start + n
     cache._check_room(stop)
     padded = n > 1 and mask is not None and not bool(mask.all())
@@ -433,7 +434,7 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
 
 def _start_of(
     n: int, told: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None, length: int, padded: bool
-) -> int | None:
+) -> int:
     """Trajectory position of the first of ``n`` input tokens."""
     if mask is not None:
         # Transformers' rule: a 2D mask covers the cached tokens and the new ones.

@@ -65,14 +65,15 @@ def check_arguments(
     if Hk == 0 or Hq % Hk:
         _fail("the number of query heads", Hq, f"a multiple of the number of KV heads, {Hk}")
 
-    for name, tensor in (
+    others: tuple[tuple[str, torch.Tensor | None], ...] = (
         ("key", key), ("value", value), ("key_low_rank", key_low_rank), ("key_up", key_up),
         ("value_low_rank", value_low_rank), ("value_up", value_up), ("adapter_index", adapter_index),
         ("cos", cos), ("sin", sin), ("key_gain", key_gain), ("key_delta_gain", key_delta_gain), ("sinks", sinks),
         ("attention_mask", attention_mask),
-    ):  # fmt: skip
-        if tensor is not None and tensor.device != query.device:
-            _fail(f"{name}'s device", tensor.device, f"that of query, {query.device}")
+    )  # fmt: skip
+    for name, other in others:
+        if other is not None and other.device != query.device:
+            _fail(f"{name}'s device", other.device, f"that of query, {query.device}")
 
     num_adapters = 1
     counts: list[int] = []
@@ -94,7 +95,9 @@ def check_arguments(
         if len(set(counts)) > 1:
             raise ValueError(f"flash_lora_attention: key_up and value_up hold {counts[0]} and {counts[1]} adapters")
         if adapter_index is None and num_adapters > 1:
-            raise ValueError(f"flash_lora_attention: {num_adapters} adapters need adapter_index, the adapter of each row")
+            raise ValueError(
+                f"flash_lora_attention: {num_adapters} adapters need adapter_index, the adapter of each row"
+            )
     if adapter_index is not None:
         if tuple(adapter_index.shape) != (B,) or adapter_index.is_floating_point():
             _fail("adapter_index", f"{adapter_index.dtype} {tuple(adapter_index.shape)}", f"an integer tensor ({B},)")
@@ -133,7 +136,9 @@ def check_arguments(
     if key_length is None:
         key_length = T
     elif isinstance(key_length, torch.Tensor):
-        if tuple(key_length.shape) not in ((), (B,)) or key_length.is_floating_point():
+        # Not `shape in ((), (B,))`: torch.compile takes that for false.
+        fits = key_length.dim() == 0 or (key_length.dim() == 1 and key_length.shape[0] == B)
+        if not fits or key_length.is_floating_point():
             _fail("key_length", f"{key_length.dtype} {tuple(key_length.shape)}", f"an int or an integer tensor ({B},)")
     elif not 0 <= key_length <= T:
         _fail("key_length", key_length, f"0 to {T}, the capacity of key")

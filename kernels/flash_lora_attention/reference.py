@@ -87,6 +87,11 @@ def flash_lora_attention_reference(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with both values.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        # Autocast would compute the products in half precision.
+        arguments = {name: value for name, value in locals().items() if name not in ("query", "key", "value")}
+        with torch.autocast(query.device.type, enabled=False):
+            return flash_lora_attention_reference(query, key, value, **arguments)
     problem = check_arguments(
         query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
         cos, sin, rotary_dim, key_gain, key_delta_gain, sliding_window, softcap, sinks, attention_mask, key_length,
@@ -116,7 +121,7 @@ def flash_lora_attention_reference(
     k_up, k_lr = rows(key_up, key_low_rank)
     if k_up is not None:
         delta = k_lr.unsqueeze(1) @ k_up  # (B, Hk, T, D)
-        if cos is not None:
+        if cos is not None and sin is not None:
             cos, sin = (half_width(t.to(acc), problem.rotary_dim, rotary_interleaved) for t in (cos, sin))
             delta = apply_rope(delta, cos, sin, rotary_interleaved)
         if key_delta_gain is not None:
@@ -124,6 +129,13 @@ def flash_lora_attention_reference(
         k = k + delta
     v = value.to(acc)
     v_up, v_lr = rows(value_up, value_low_rank)
+    if isinstance(problem.key_length, torch.Tensor) or problem.key_length < T:
+        # Unused capacity may hold anything, and a probability of zero does not silence a NaN.
+        unused = torch.arange(T, device=key.device) >= torch.as_tensor(problem.key_length, device=key.device).view(
+            -1, 1
+        )
+        v = v.masked_fill(unused[:, None, :, None], 0.0)
+        v_lr = None if v_lr is None else v_lr.masked_fill(unused[:, :, None], 0.0)
     k_t = k.transpose(-1, -2)
 
     out = query.new_empty(B, Hq, S, D)
@@ -163,7 +175,7 @@ def flash_lora_attention_reference(
             pa = p.view(B, Hq * n, T) @ v_lr
             o = o + pa.view(B, Hk, G * n, -1) @ v_up
         out[:, :, start:stop] = o.view(B, Hq, n, D)
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
 def _allowed(key_length, S, T, start, stop, is_causal, sliding_window, device) -> torch.Tensor | None:

@@ -1,0 +1,111 @@
+"""Choose the tiles of every kernel on this GPU and write them to ``flash_lora_attention/configs/<device>.json``.
+
+    PYTHONPATH=kernels python kernels/benchmarks/tune.py
+
+Tries a short list of tile shapes per kernel, dtype and head size on representative lengths, and keeps the fastest by the
+geometric mean. Crossovers between the paths (``dispatch``) are copied from the default: read them off the table that
+``benchmark.py`` prints and edit the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import torch
+import triton
+from benchmark import measure, problem
+
+from flash_lora_attention import tuning
+from flash_lora_attention.arguments import Problem
+from flash_lora_attention.decode import split_kv_attention
+from flash_lora_attention.expand import expand
+from flash_lora_attention.extend import extend_attention
+from flash_lora_attention.inputs import Inputs, prepare
+
+# block_n, num_warps, num_stages, programs_per_sm
+DECODE = [(64, 4, 2, 2), (64, 4, 3, 1), (64, 4, 3, 2), (128, 8, 2, 1), (32, 4, 2, 2), (32, 4, 3, 2), (64, 4, 1, 2)]
+# block_m, block_n, num_warps, num_stages
+EXTEND = [
+    (128, 128, 8, 2),
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 64, 4, 3),
+    (64, 64, 4, 2),
+    (128, 32, 8, 2),
+    (32, 16, 4, 1),
+]
+# block_t, num_warps
+EXPAND = [(16, 4), (32, 4), (64, 4), (64, 8)]
+
+
+def inputs(**options) -> Inputs:
+    """``benchmark.problem`` in the form that the launchers take."""
+    qkv, a = problem(**options)
+    absent = dict.fromkeys((
+        "key_low_rank", "key_up", "value_low_rank", "value_up", "adapter_index", "cos", "sin", "key_gain",
+        "key_delta_gain", "scale", "sliding_window", "softcap", "sinks", "attention_mask",
+    ))  # fmt: skip
+    fixed = dict(low_rank_per_adapter=False, rotary_interleaved=False, is_causal=True)
+    return prepare(Problem(qkv[1].shape[2], qkv[0].shape[-1], 1), *qkv, **{**absent, **fixed, **a})
+
+
+def fastest(name: str, problems: list[dict], configs: list, run) -> dict:
+    """The fields of the configuration with the smallest geometric mean over the problems, defaults left out."""
+    best, best_score = None, math.inf
+    for config in configs:
+        times = []
+        for options in problems:
+            x = inputs(**options)
+            try:
+                times.append(measure(lambda x=x, config=config: run(x, config), 8)[0])
+            except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+                times.append(math.inf)
+        score = math.exp(sum(map(math.log, times)) / len(times)) if math.inf not in times else math.inf
+        print(f"{name:<28}{config}: {score:.1f} us", flush=True)
+        if score < best_score:
+            best, best_score = config, score
+    if best is None:
+        raise RuntimeError(f"no configuration of {name} runs on this device")
+    fields = type(best).__dataclass_fields__.values()
+    return {f.name: getattr(best, f.name) for f in fields if getattr(best, f.name) != f.default}
+
+
+def main() -> None:
+    default = json.loads((tuning._CONFIGS / "default.json").read_text())
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "measured_with": f"torch {torch.__version__}, triton {triton.__version__}",
+        "decode": {}, "extend": {}, "expand": {}, "dispatch": default["dispatch"],
+    }  # fmt: skip
+    for bits, dtype, precision in (("16-bit", torch.bfloat16, "ieee"), ("32-bit", torch.float32, "tf32x3")):
+        for kernel in ("decode", "extend", "expand"):
+            result[kernel][bits] = {}
+        decode = [tuning.DecodeConfig(*c, precision=precision) for c in DECODE]
+        extend = [tuning.ExtendConfig(*c, precision=precision) for c in EXTEND]
+        for D in (64, 128, 256):
+            common = dict(D=D, dtype=dtype)
+            name = f"{bits} D={D}"
+            entry = fastest(
+                f"decode {name}", [dict(T=t, **common) for t in (65536, 131072)], decode, split_kv_attention
+            )
+            for variant, options in (
+                ("short", dict(T=16384)), ("wide", dict(T=65536, r=64)), ("rows", dict(T=32768, B=8, n=8, trunk=True)),
+            ):  # fmt: skip
+                entry[variant] = fastest(f"decode {name} {variant}", [options | common], decode, split_kv_attention)
+            result["decode"][bits][str(D)] = entry
+            work = [dict(S=s, T=16384, **common) for s in (32, 128)]
+            result["extend"][bits][str(D)] = fastest(f"extend {name}", work, extend, extend_attention)
+            work = [dict(T=16384, **common)]
+            configs = [tuning.ExpandConfig(*c) for c in EXPAND]
+            result["expand"][bits][str(D)] = fastest(
+                f"expand {name}", work, configs, lambda x, config: expand(x, x.T, config)
+            )
+    file = re.sub(r"[^a-z0-9]+", "_", result["device"].lower()).strip("_") + ".json"
+    (tuning._CONFIGS / file).write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {tuning._CONFIGS / file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Expansion of one layer's K and V into a transient buffer, and attention over it by PyTorch's own SDPA kernels.
+
+For a long block of queries the expansion (one pass over the base cache) costs little beside the attention, and cuDNN's
+attention on Hopper is faster than any Triton kernel. Keys before the block are seen by all of its queries, so they need no
+mask: they are attended to in equal pieces folded into the batch dimension (a split-KV for free), the block itself causally,
+and the parts are merged by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .inputs import Inputs
+from .merge_kernel import merge_partials
+from .tiles import pair_columns
+from .tuning import DispatchConfig, ExpandConfig, num_sms
+
+
+@triton.jit(do_not_specialize=["length", "num_t"])
+def expand_kernel(
+    K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, OUT_K, OUT_V,
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
+    stride_kab, stride_kat,
+    stride_vab, stride_vat,
+    stride_cb, stride_ct, stride_cd,
+    stride_gb, stride_gh, stride_gt,
+    length, num_t,
+    HK: tl.constexpr, D: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PER_ADAPTER: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    CHUNK_RK: tl.constexpr, CHUNK_RV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One KV head, one block of tokens of one row: reads the base once, writes K and V as the row's adapter sees them."""
+    # Heads fastest: cos/sin and low-rank entries come from device memory once and from L2 for the other heads.
+    i = tl.program_id(0)
+    i_h = (i % HK).to(tl.int64)
+    i = i // HK
+    i_t = (i % num_t).to(tl.int64)
+    i_b = (i // num_t).to(tl.int64)
+    n = tl.load(INDEX + i_b).to(tl.int64) if INDEX is not None else i_b * 0
+    # A base-model row reads nothing: its low-rank entries may be anything.
+    rank_k = tl.where(n >= 0, RK, 0)
+    rank_v = tl.where(n >= 0, RV, 0)
+    n = tl.maximum(n, 0)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = o_t < length
+    o_out = (i_b * HK + i_h) * length + o_t  # (B, Hk, length, D), contiguous
+
+    if OUT_K is not None:
+        o_p = tl.arange(0, BLOCK_P)
+        o_1, o_2 = pair_columns(o_p, D, ROTARY, INTERLEAVED)
+        m_k = inside[:, None] & (o_p < D // 2)[None, :]
+        p_k = K + i_b * stride_kb + i_h * stride_kh + o_t[:, None] * stride_kt
+        # (T, P) each
+        b_k1 = tl.load(p_k + o_1[None, :] * stride_kd, mask=m_k, other=0.0).to(tl.float32)
+        b_k2 = tl.load(p_k + o_2[None, :] * stride_kd, mask=m_k, other=0.0).to(tl.float32)
+        if GAIN is not None:
+            p_g = i_b * stride_gb + i_h * stride_gh + o_t[:, None] * stride_gt
+            b_gain = tl.load(GAIN + p_g, mask=inside[:, None], other=0.0).to(tl.float32)
+            b_k1 = b_k1 * b_gain
+            b_k2 = b_k2 * b_gain
+        if KA is not None:
+            b_d1 = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
+            b_d2 = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
+            for c in tl.static_range(0, RK, CHUNK_RK):
+                o_r = c + tl.arange(0, CHUNK_RK)
+                # (T, r)
+                b_a = tl.load(
+                    KA + (n if PER_ADAPTER else i_b) * stride_kab + o_t[:, None] * stride_kat + o_r[None, :],
+                    mask=inside[:, None] & (o_r < rank_k)[None, :], other=0.0,
+                ).to(OUT_K.dtype.element_ty)  # fmt: skip
+                p_up = KUP + (n * HK + i_h) * (RK * D) + o_r[:, None] * D
+                m_up = (o_r < RK)[:, None] & (o_p < D // 2)[None, :]
+                # (r, P) each
+                b_up1 = tl.load(p_up + o_1[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
+                b_up2 = tl.load(p_up + o_2[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
+                b_d1 = tl.dot(b_a, b_up1, b_d1, input_precision=PRECISION)
+                b_d2 = tl.dot(b_a, b_up2, b_d2, input_precision=PRECISION)
+            if COS is not None:
+                p_c = i_b * stride_cb + o_t[:, None] * stride_ct + o_p[None, :] * stride_cd
+                m_c = inside[:, None] & (o_p < ROTARY // 2)[None, :]
+                b_cos = tl.load(COS + p_c, mask=m_c, other=1.0).to(tl.float32)
+                b_sin = tl.load(SIN + p_c, mask=m_c, other=0.0).to(tl.float32)
+                b_e1 = b_d1 * b_cos - b_d2 * b_sin
+                b_e2 = b_d2 * b_cos + b_d1 * b_sin
+            else:
+                b_e1 = b_d1
+                b_e2 = b_d2
+            if GAIN is not None:
+                b_dgain = tl.load(DELTA_GAIN + p_g, mask=inside[:, None], other=0.0).to(tl.float32)
+                b_e1 = b_e1 * b_dgain
+                b_e2 = b_e2 * b_dgain
+            b_k1 = b_k1 + b_e1
+            b_k2 = b_k2 + b_e2
+        tl.store(OUT_K + o_out[:, None] * D + o_1[None, :], b_k1.to(OUT_K.dtype.element_ty), mask=m_k)
+        tl.store(OUT_K + o_out[:, None] * D + o_2[None, :], b_k2.to(OUT_K.dtype.element_ty), mask=m_k)
+
+    if OUT_V is not None:
+        o_d = tl.arange(0, BLOCK_D)
+        m_v = inside[:, None] & (o_d < D)[None, :]
+        p_v = V + i_b * stride_vb + i_h * stride_vh + o_t[:, None] * stride_vt + o_d[None, :] * stride_vd
+        # (T, D)
+        b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
+        for c in tl.static_range(0, RV, CHUNK_RV):
+            o_r = c + tl.arange(0, CHUNK_RV)
+            # (T, r)
+            b_a = tl.load(
+                VA + (n if PER_ADAPTER else i_b) * stride_vab + o_t[:, None] * stride_vat + o_r[None, :],
+                mask=inside[:, None] & (o_r < rank_v)[None, :], other=0.0,
+            ).to(OUT_V.dtype.element_ty)  # fmt: skip
+            # (r, D)
+            b_up = tl.load(
+                VUP + (n * HK + i_h) * (RV * D) + o_r[:, None] * D + o_d[None, :],
+                mask=(o_r < RV)[:, None] & (o_d < D)[None, :], other=0.0,
+            ).to(OUT_V.dtype.element_ty)  # fmt: skip
+            b_v = tl.dot(b_a, b_up, b_v, input_precision=PRECISION)
+        tl.store(OUT_V + o_out[:, None] * D + o_d[None, :], b_v.to(OUT_V.dtype.element_ty), mask=m_v)
+
+
+def expand(x: Inputs, length: int, config: ExpandConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the first ``length`` tokens as each row's adapter sees them.
+
+    Returns:
+        key, value (B, Hk, length, D): contiguous and new where there is something to expand, else a view of the base.
+    """
+    shape = (x.B, x.Hk, length, x.D)
+    key, value = x.key[:, :, :length], x.value[:, :, :length]
+    out_k = out_v = None
+    if x.key_low_rank is not None or x.key_gain is not None:
+        out_k = torch.empty(shape, dtype=x.query.dtype, device=x.query.device)
+    if x.value_low_rank is not None:
+        out_v = torch.empty(shape, dtype=x.query.dtype, device=x.query.device)
+    if (out_k is not None or out_v is not None) and length and x.B:
+        num_t = triton.cdiv(length, config.block_t)
+
+        def strides(tensor: torch.Tensor | None, n: int) -> tuple[int, ...]:
+            return (0,) * n if tensor is None else tensor.stride()[:n]
+
+        expand_kernel[(x.Hk * num_t * x.B,)](
+            x.key, x.value, x.key_low_rank, x.key_up, x.value_low_rank, x.value_up, x.adapter_index, x.cos, x.sin,
+            x.key_gain, x.key_delta_gain, out_k, out_v,
+            *x.key.stride(), *x.value.stride(), *strides(x.key_low_rank, 2), *strides(x.value_low_rank, 2),
+            *strides(x.cos, 3), *strides(x.key_gain, 3), length, num_t,
+            HK=x.Hk, D=x.D, RK=x.rk, RV=x.rv, ROTARY=x.rotary_dim, INTERLEAVED=x.rotary_interleaved,
+            PER_ADAPTER=x.low_rank_per_adapter and x.adapter_index is not None,
+            BLOCK_T=config.block_t, BLOCK_D=max(16, triton.next_power_of_2(x.D)),
+            BLOCK_P=max(16, triton.next_power_of_2(x.D // 2)),
+            CHUNK_RK=min(64, max(16, triton.next_power_of_2(x.rk))),
+            CHUNK_RV=min(64, max(16, triton.next_power_of_2(x.rv))),
+            PRECISION="ieee", num_warps=config.num_warps,
+        )  # fmt: skip
+    return (key if out_k is None else out_k), (value if out_v is None else out_v)
+
+
+def without_low_rank(x: Inputs, length: int, config: ExpandConfig) -> Inputs:
+    """The same attention over expanded keys and values, for the kernels that are better at it without low-rank parts."""
+    key, value = expand(x, length, config)
+    return x.replace(
+        key=key, value=value, key_low_rank=None, key_up=None, value_low_rank=None, value_up=None, adapter_index=None,
+        cos=None, sin=None, key_gain=None, key_delta_gain=None,
+        attention_mask=None if x.attention_mask is None else x.attention_mask[..., :length],
+    )  # fmt: skip
+
+
+def sdpa_can_express(x: Inputs) -> bool:
+    """Whether causality alone describes who sees whom, with one length for all rows, known without asking the device."""
+    if not isinstance(x.key_length, int) or x.softcap is not None or x.attention_mask is not None:
+        return False
+    if x.D % 8:
+        return False
+    return x.S <= x.key_length and (x.sliding_window is None or x.sliding_window >= x.key_length)
+
+
+def _flash(query, key, value, is_causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention-2 as shipped with PyTorch; called below the SDPA front end, its causality is lower-right."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[:2]
+
+
+def _cudnn(query, key, value, is_causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cuDNN's attention; its causality is upper-left, so ``is_causal`` is for S = T alone."""
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, is_causal, False, scale=scale
+    )[:2]
+    return out, lse.reshape(out.shape[:-1])
+
+
+def _efficient(query, key, value, is_causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The memory-efficient kernel, SDPA's choice for float32; it has no grouped heads and no lower-right causality."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, True, 0.0, is_causal, scale=scale
+    )[:2]
+    return out, lse[..., : query.shape[2]]
+
+
+def _bucket(n: int) -> int:
+    """The next length of five significant bits and whole 64s: cuDNN builds a plan per shape, so shapes must be few."""
+    unit = max(64, 1 << max(0, n.bit_length() - 5))
+    return triton.cdiv(n, unit) * unit
+
+
+def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """(..., T, D) with zeros up to ``length`` tokens."""
+    return tensor if tensor.shape[2] == length else F.pad(tensor, (0, 0, 0, length - tensor.shape[2]))
+
+
+def _cudnn_square(query, key, value, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal S = T with cuDNN; rows of padding come last, so that no real query sees them."""
+    S = query.shape[2]
+    query, key, value = (_padded(t, _bucket(S)) for t in (query, key, value))
+    out, lse = _cudnn(query, key, value, True, scale)
+    return out[:, :, :S], lse[..., :S]
+
+
+def _cudnn_folded(query, key, value, num_splits: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unmasked attention with cuDNN, the keys of a single row cut into pieces that become batch rows.
+
+    Returns:
+        out (num_splits, B, Hq, S, D), lse (num_splits, B, Hq, S).
+    """
+    S, cut = query.shape[2], key.shape[2]
+    query = _padded(query, _bucket(S))
+    if num_splits > 1:
+        query = query.expand(num_splits, -1, -1, -1)
+        key, value = (t[0].unflatten(1, (num_splits, cut // num_splits)).transpose(0, 1) for t in (key, value))
+    out, lse = _cudnn(query, key, value, False, scale)
+    out, lse = out[:, :, :S], lse[..., :S]
+    return (out.unsqueeze(1), lse.unsqueeze(1)) if num_splits > 1 else (out.unsqueeze(0), lse.unsqueeze(0))
+
+
+def sdpa_attention(
+    x: Inputs, expand_config: ExpandConfig, config: DispatchConfig, num_splits: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expand, then attend with the best SDPA backend; only where :func:`sdpa_can_express` holds.
+
+    Args:
+        x: the checked and normalised arguments.
+        expand_config, config: from ``tuning``.
+        num_splits: pieces of the keys before the block; absent: as many as fill the device.
+
+    Returns:
+        out (B, Hq, S, D) in the dtype of the query, lse (B, Hq, S) float32.
+    """
+    length = x.key_length
+    if not isinstance(length, int):
+        raise TypeError("sdpa_attention needs one length for all rows, known to the host: see sdpa_can_express")
+    key, value = expand(x, length, expand_config)
+    query, S, scale = x.query, x.S, x.scale
+    past = length - S if x.is_causal else length  # keys that every query sees
+    half = query.dtype != torch.float32
+    hopper = torch.cuda.get_device_capability(query.device)[0] >= 9
+    cudnn = half and S >= config.cudnn_queries and x.D <= (256 if hopper else 128)
+    parts: list[tuple[torch.Tensor, torch.Tensor]]
+    if x.is_causal and past == 0:
+        square = _cudnn_square(query, key, value, scale) if cudnn else None
+        parts = [square or (_flash if half else _efficient)(query, key, value, True, scale)]
+    elif half and not cudnn:
+        parts = [_flash(query, key, value, x.is_causal, scale)]
+    elif not half:
+        parts = []
+        if past:
+            parts += [_efficient(query, key[:, :, :past], value[:, :, :past], False, scale)]
+        if x.is_causal:
+            parts += [_efficient(query, key[:, :, past:], value[:, :, past:], True, scale)]
+    else:
+        if num_splits is None:
+            tiles = triton.cdiv(S, 128) * x.B * x.Hk * x.G
+            num_splits = 1
+            while x.B == 1 and 2 * num_splits * tiles <= num_sms(query.device) and num_splits * 2048 <= past:
+                num_splits *= 2
+        # What a piece of few significant bits leaves over joins the block in the lower-right causal part.
+        unit = max(64 * num_splits, 1 << max(0, past.bit_length() - 5))
+        cut = past // unit * unit
+        parts = []
+        if cut:
+            parts += [_cudnn_folded(query, key[:, :, :cut], value[:, :, :cut], num_splits, scale)]
+        if cut < length:
+            key, value = key[:, :, cut:], value[:, :, cut:]
+            if x.is_causal and length - cut == S:
+                parts += [_cudnn_square(query, key, value, scale)]
+            else:
+                parts += [_flash(query, key, value, x.is_causal, scale)]
+    if len(parts) == 1 and x.sinks is None and (parts[0][0].dim() == 4 or parts[0][0].shape[0] == 1):
+        out, lse = parts[0]
+        return (out, lse) if out.dim() == 4 else (out[0], lse[0])
+    out = torch.cat([o if o.dim() == 5 else o.unsqueeze(0) for o, _ in parts])
+    lse = torch.cat([s if s.dim() == 4 else s.unsqueeze(0) for _, s in parts])
+    return merge_partials(out.contiguous(), lse.float().contiguous(), query.dtype, x.sinks)

@@ -1,0 +1,147 @@
+"""The Triton kernels on the CPU, under Triton's interpreter: small odd shapes over the whole argument grid."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from flash_lora_attention import flash_lora_attention, flash_lora_attention_reference, merge_states
+
+from .cases import GRID, check, make
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run natively here")
+
+
+@pytest.mark.parametrize(
+    "name, queries",
+    [(name, queries) for name in GRID for queries in (1, 37)]
+    + [(name, 3) for name in ("plain", "adapters", "window", "sinks", "bool_mask", "lengths", "everything")],
+)
+def test_argument_grid(name, queries):
+    qkv, a = make(S=queries, **GRID[name])
+    check(*flash_lora_attention(*qkv, **a, return_lse=True, backend="triton"), qkv, a)
+
+
+@pytest.mark.parametrize("queries", [1, 37])
+@pytest.mark.parametrize("name", ["plain", "adapters", "gains", "sinks"])
+def test_float16(name, queries):
+    qkv, a = make(S=queries, dtype=torch.float16, **GRID[name])
+    check(*flash_lora_attention(*qkv, **a, return_lse=True, backend="triton"), qkv, a)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 7])
+def test_split_count_does_not_matter(num_splits):
+    from flash_lora_attention.arguments import Problem
+    from flash_lora_attention.decode import split_kv_attention
+    from flash_lora_attention.extend import extend_attention
+    from flash_lora_attention.inputs import prepare
+    from flash_lora_attention.tuning import decode_config, extend_config
+
+    qkv, a = make(S=3, T=150, sinks=True)
+    optional = dict.fromkeys((
+        "adapter_index", "key_gain", "key_delta_gain", "scale", "sliding_window", "softcap", "attention_mask",
+    ))  # fmt: skip
+    x = prepare(
+        Problem(150, 16, 1), *qkv,
+        **{**optional, "low_rank_per_adapter": False, "is_causal": True},
+        **{k: v for k, v in a.items() if k not in ("rotary_dim", "is_causal")},
+    )  # fmt: skip
+    case = (qkv[0].device, qkv[0].dtype, 16)
+    check(*split_kv_attention(x, decode_config(*case, None), num_splits), qkv, a)
+    check(*extend_attention(x, extend_config(*case), num_splits), qkv, a)
+
+
+@pytest.mark.parametrize("name", ["adapters_own_lr", "gains", "partial", "interleaved", "gains_without_lr", "rank_70"])
+def test_expand(name):
+    from flash_lora_attention.arguments import Problem
+    from flash_lora_attention.expand import expand
+    from flash_lora_attention.inputs import prepare
+    from flash_lora_attention.tuning import ExpandConfig
+
+    from .dense import expand_dense
+
+    qkv, a = make(**GRID[name])
+    optional = dict.fromkeys((
+        "key_low_rank", "key_up", "value_low_rank", "value_up", "cos", "sin", "adapter_index", "key_gain",
+        "key_delta_gain", "scale", "sliding_window", "softcap", "sinks", "attention_mask",
+    ))  # fmt: skip
+    rotary_dim = a.get("rotary_dim") or qkv[0].shape[-1]
+    x = prepare(
+        Problem(qkv[1].shape[2], rotary_dim, 1), *qkv,
+        **{
+            **optional, "low_rank_per_adapter": False, "is_causal": True, "rotary_interleaved": False,
+            **{k: v for k, v in a.items() if k != "rotary_dim"},
+        },
+    )  # fmt: skip
+    for length in (70, 33):
+        for ours, exact in zip(expand(x, length, ExpandConfig(16, 4)), expand_dense(*qkv[1:], **a), strict=True):
+            exact = exact[:, :, :length]
+            assert torch.isfinite(ours).all()
+            assert (ours - exact).norm() <= 4 * torch.finfo(ours.dtype).eps * exact.norm()
+
+
+def test_base_row_never_reads_its_low_rank_entries():
+    qkv, a = make(**GRID["adapters"])
+    base = a["adapter_index"] < 0
+    assert base.any() and not base.all()
+    expected = flash_lora_attention(*qkv, **a, backend="triton")
+    a["key_low_rank"] = a["key_low_rank"].masked_fill(base[:, None, None], float("nan"))
+    a["value_low_rank"] = a["value_low_rank"].masked_fill(base[:, None, None], float("nan"))
+    assert torch.equal(flash_lora_attention(*qkv, **a, backend="triton"), expected)
+
+
+def test_nothing_past_the_length_is_read():
+    qkv, a = make(length=41, S=3)
+    expected = flash_lora_attention(*qkv, **a, backend="triton")
+    for t in (qkv[1], qkv[2]):
+        t[:, :, 41:] = float("nan")
+    for name in ("key_low_rank", "value_low_rank", "cos", "sin"):
+        a[name][:, 41:] = float("nan")
+    assert torch.equal(flash_lora_attention(*qkv, **a, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("name", GRID)
+def test_reference_agrees_with_the_dense_float64(name, dtype):
+    qkv, a = make(S=5, dtype=dtype, **GRID[name])
+    check(*flash_lora_attention_reference(*qkv, **a, return_lse=True), qkv, a)
+
+
+@pytest.mark.parametrize("name", ["plain", "adapters", "lengths"])
+def test_compile_fullgraph_on_the_cpu(name):
+    qkv, a = make(S=3, **GRID[name])
+    compiled = torch.compile(lambda q, k, v: flash_lora_attention(q, k, v, **a), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*qkv), flash_lora_attention_reference(*qkv, **a), rtol=0, atol=0)
+
+
+def test_an_impossible_backend_is_refused(monkeypatch):
+    qkv, a = make()
+    with pytest.raises(ValueError, match="backend is 'cuda'"):
+        flash_lora_attention(*qkv, **a, backend="cuda")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="without TRITON_INTERPRET=1"):
+        flash_lora_attention(*qkv, **a, backend="triton")
+
+
+def test_merge_states_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="expected"):
+        merge_states(torch.zeros(2, 1, 2, 3, 4), torch.zeros(2, 1, 2, 4))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_merge_states_is_attention_over_the_union(sinks):
+    qkv, a = make(S=5, T=60, is_causal=False)
+    q, k, v = qkv
+    parts = []
+    for cut in (slice(0, 10), slice(10, 51), slice(51, 60)):
+        piece = {n: t[:, cut] if n in ("key_low_rank", "value_low_rank", "cos", "sin") else t for n, t in a.items()}
+        parts.append(flash_lora_attention_reference(q, k[:, :, cut], v[:, :, cut], **piece, return_lse=True))
+    sink = torch.randn(4) if sinks else None
+    out, lse = torch.stack([o for o, _ in parts]), torch.stack([s for _, s in parts])
+    check(*merge_states(out, lse, sink), qkv, {**a, "sinks": sink} if sinks else a)
+    from flash_lora_attention.merge_kernel import merge_partials
+
+    check(*merge_partials(out, lse, q.dtype, sink), qkv, {**a, "sinks": sink} if sinks else a)

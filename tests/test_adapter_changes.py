@@ -1,0 +1,390 @@
+"""An adapter whose content changes after it filled its entries: what it processed is dropped, and never used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft.utils.hotswap import hotswap_adapter
+
+from lora_shared_cache import SharedLoRACache
+
+from .oracle import LlamaOracle
+from .tiny import (
+    activate,
+    assert_equal_logits,
+    difference,
+    fill_adapter,
+    logits,
+    lora,
+    lora_layers,
+    reference,
+    share_a,
+    tiny_llama,
+    tokens,
+    with_adapters,
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
+
+NAMES = ["plan", "act"]
+POLICIES = ["base_shared", "lr_precomputed", "base_lr_shared", "auto"]
+
+
+def agents_model():
+    model = with_adapters(tiny_llama(), NAMES)
+    share_a(model, NAMES)
+    return model
+
+
+def take_turn(model, cache, name, ids):
+    activate(model, name)
+    return logits(model, ids, cache, attention_mask=torch.ones(1, ids.shape[1]))[0]
+
+
+def agent_of(name):
+    return () if name is None else (name,)
+
+
+# ---- how content can change; each keeps A on k/v, so that base_lr_shared stays possible ----
+
+
+def train(model, tmp_path):
+    model.train()
+    trained = [p for n, p in model.named_parameters() if "lora_B.act" in n]
+    for p in trained:
+        p.requires_grad_(True)
+    optimiser = torch.optim.SGD(trained, lr=0.5)
+    activate(model, "act")
+    loss = model(input_ids=tokens(9, seed=5), labels=tokens(9, seed=5)).loss
+    loss.backward()
+    optimiser.step()
+    optimiser.zero_grad()
+    model.eval()
+
+
+def copy_in_place(model, tmp_path):
+    with torch.no_grad():
+        for _, module in lora_layers(model):
+            module.lora_B["act"].weight.copy_(module.lora_B["act"].weight * 1.5)
+
+
+def copy_through_data(model, tmp_path):
+    for _, module in lora_layers(model):
+        module.lora_B["act"].weight.data.copy_(module.lora_B["act"].weight.data * 1.5)
+
+
+def one_number_through_data(model, tmp_path):
+    path, module = next((p, m) for p, m in lora_layers(model) if p.endswith("layers.1.self_attn.v_proj"))
+    module.lora_B["act"].weight.data[0, 0] += 1.0
+
+
+def two_numbers_exchanged(model, tmp_path):
+    """A sum over the content would not notice."""
+    path, module = next((p, m) for p, m in lora_layers(model) if p.endswith("layers.1.self_attn.k_proj"))
+    weight = module.lora_B["act"].weight.data
+    first, second = weight[0, 0].item(), weight[0, 1].item()
+    weight[0, 0], weight[0, 1] = second, first
+
+
+def sign_of_two_rows(model, tmp_path):
+    path, module = next((p, m) for p, m in lora_layers(model) if p.endswith("layers.0.mlp.down_proj"))
+    module.lora_B["act"].weight.data[:2] *= -1
+
+
+def rescale(model, tmp_path):
+    for _, module in lora_layers(model):
+        module.scaling["act"] *= 2
+
+
+def hotswap(model, tmp_path):
+    other = with_adapters(tiny_llama(), {"act": lora()}, seed=40)
+    with torch.no_grad():
+        theirs = dict(lora_layers(other))
+        for path, module in lora_layers(model):
+            if path.split(".")[-1] in ("k_proj", "v_proj"):
+                theirs[path].lora_A["act"].weight.copy_(module.lora_A["act"].weight)
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, str(tmp_path / "act"), "act")
+
+
+def load_state(model, tmp_path):
+    state = {k: v * 1.5 if "lora_B.act" in k else v for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+def delete_and_add_again(model, tmp_path):
+    down = {path: module.lora_A["plan"].weight.clone() for path, module in lora_layers(model)}
+    model.delete_adapter("act")
+    model.add_adapter("act", lora())
+    fill_adapter(model, "act", 77)
+    with torch.no_grad():
+        for path, module in lora_layers(model):
+            if path.split(".")[-1] in ("k_proj", "v_proj"):
+                module.lora_A["act"].weight.copy_(down[path])
+    model.eval()
+
+
+def parameters_replaced(model, tmp_path):
+    for _, module in lora_layers(model):
+        module.lora_B["act"].weight = torch.nn.Parameter(module.lora_B["act"].weight.detach() * 1.5)
+
+
+CHANGES = [
+    train,
+    copy_in_place,
+    copy_through_data,
+    one_number_through_data,
+    two_numbers_exchanged,
+    sign_of_two_rows,
+    rescale,
+    hotswap,
+    load_state,
+    delete_and_add_again,
+    parameters_replaced,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_each_change_matters(change, tmp_path):
+    model = agents_model()
+    activate(model, "act")
+    before = reference(model, tokens(14))
+    change(model, tmp_path)
+    activate(model, "act")
+    assert difference(before, reference(model, tokens(14))) > 1e-5
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("sharing", POLICIES)
+def test_what_a_changed_adapter_processed_is_dropped(sharing, change, tmp_path):
+    model = agents_model()
+    policy = "base_lr_shared" if sharing == "auto" else sharing
+    cache, ids = SharedLoRACache(sharing=sharing), tokens(20)
+    for name, stop in [("plan", 5), ("act", 9), ("plan", 12)]:
+        take_turn(model, cache, name, ids[:, :stop])
+    change(model, tmp_path)
+    # Tokens from "act"'s first on are those of weights that no longer exist; "plan"'s own before them stay.
+    activate(model, "act")
+    own = 5 if policy == "base_lr_shared" or sharing == "lr_precomputed" else 0
+    if sharing == "lr_precomputed":
+        own = 0
+    assert cache.coverage() == {"__base__": 5, "plan": 5, "act": own}
+    assert cache.trajectory_length == 5
+    assert cache.get_seq_length() == own
+    # A trajectory that never had them, computed with the weights as they are now.
+    oracle = LlamaOracle(model, policy, NAMES)
+    oracle.turn(("plan",), ids[0, :5].tolist())
+    oracle.forget("act")
+    for name, stop in [("act", 9), ("plan", 12), ("act", 15), (None, 16), ("plan", 18)]:
+        expected = oracle.turn(agent_of(name), ids[0, :stop].tolist())
+        assert_equal_logits(take_turn(model, cache, name, ids[:, :stop])[-len(expected) :], expected)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("how", ["forward", "generate", "new_tokens"])
+def test_a_change_is_noticed_without_asking_the_cache_first(how, change, tmp_path):
+    """The next call is the turn of the changed adapter itself, or of another one that reads its tokens."""
+    for speaker in ("act", "plan"):
+        model = agents_model()
+        cache, ids = SharedLoRACache(sharing="base_shared"), tokens(20)
+        for name, stop in [("plan", 5), ("act", 9)]:
+            take_turn(model, cache, name, ids[:, :stop])
+        change(model, tmp_path / speaker)
+        oracle = LlamaOracle(model, "base_shared", NAMES)
+        oracle.turn(("plan",), ids[0, :5].tolist())
+        oracle.forget("act")
+        expected = oracle.turn((speaker,), ids[0, :12].tolist())
+        activate(model, speaker)
+        mask = torch.ones(1, 12, dtype=torch.long)
+        if how == "forward":
+            actual = logits(model, ids[:, :12], cache, attention_mask=mask)[0]
+        elif how == "generate":
+            out = model.generate(
+                input_ids=ids[:, :12],
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=1,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            # generate hands out float32.
+            assert_equal_logits(out.logits[0][0], expected[-1].float(), 1e-5)
+            continue
+        else:
+            actual = logits(model, ids[:, 9:12], cache, attention_mask=mask)[0]
+        n = min(len(expected), len(actual))
+        assert_equal_logits(actual[-n:], expected[-n:])
+
+
+def test_training_between_two_decode_steps_is_noticed():
+    """One token at a time, the cheap check has to see what an optimiser step does."""
+    model = agents_model()
+    cache, ids = SharedLoRACache(sharing="base_shared"), tokens(20)
+    take_turn(model, cache, "plan", ids[:, :5])
+    take_turn(model, cache, "act", ids[:, :9])
+    copy_in_place(model, None)
+    oracle = LlamaOracle(model, "base_shared", NAMES)
+    oracle.turn(("plan",), ids[0, :5].tolist())
+    oracle.forget("act")
+    expected = oracle.turn(("act",), ids[0, :10].tolist())
+    actual = logits(model, ids[:, 9:10], cache)[0]
+    assert_equal_logits(actual[-1], expected[-1])
+
+
+@pytest.mark.parametrize("change", [copy_in_place, copy_through_data, hotswap], ids=lambda f: f.__name__)
+def test_a_change_of_an_adapter_that_never_ran_costs_nobody_anything(change, tmp_path):
+    for sharing in POLICIES:
+        model = agents_model()
+        policy = "base_lr_shared" if sharing == "auto" else sharing
+        cache, ids = SharedLoRACache(sharing=sharing), tokens(20)
+        take_turn(model, cache, "plan", ids[:, :9])
+        change(model, tmp_path / sharing)
+        assert cache.trajectory_length == 9
+        assert cache.coverage()["plan"] == 9
+        oracle = LlamaOracle(model, policy, NAMES)
+        oracle.turn(("plan",), ids[0, :9].tolist())
+        if sharing == "lr_precomputed":
+            # Its entries were computed with an A that may have changed.
+            oracle.forget("act")
+        for name, stop in [("plan", 10), ("act", 12)]:
+            expected = oracle.turn(agent_of(name), ids[0, :stop].tolist())
+            actual = take_turn(model, cache, name, ids[:, :stop])
+            assert_equal_logits(actual[-1], expected[-1])
+
+
+def test_a_change_of_the_common_a_is_refused_or_leaves_the_group():
+    from lora_shared_cache import UnsupportedAdapterError
+
+    def change_a(model):
+        for path, module in lora_layers(model):
+            if path.endswith(("k_proj", "v_proj")):
+                module.lora_A["act"].weight.data *= 1.5
+
+    ids = tokens(20)
+    model = agents_model()
+    cache = SharedLoRACache(sharing="base_lr_shared")
+    take_turn(model, cache, "plan", ids[:, :5])
+    change_a(model)
+    with pytest.raises(UnsupportedAdapterError, match="'act' and 'plan' differ"):
+        take_turn(model, cache, "plan", ids[:, :9])
+
+    for speaker in ("act", "plan"):
+        model = agents_model()
+        cache = SharedLoRACache()
+        take_turn(model, cache, "plan", ids[:, :5])
+        change_a(model)
+        oracle = LlamaOracle(model, "base_shared", NAMES)
+        oracle.turn(("plan",), ids[0, :5].tolist())
+        expected = oracle.turn((speaker,), ids[0, :9].tolist())
+        assert_equal_logits(take_turn(model, cache, speaker, ids[:, :9])[-len(expected) :], expected)
+
+
+@pytest.mark.parametrize("first", NAMES)
+def test_a_change_of_the_a_of_the_one_that_stands_for_the_group(first):
+    """Whichever adapter's A was read for the common entries: the other one goes on, the changed one starts anew."""
+    other = NAMES[1 - NAMES.index(first)]
+    model = agents_model()
+    cache, ids = SharedLoRACache(), tokens(20)
+    take_turn(model, cache, other, ids[:, :5])
+    assert cache.policy == "base_lr_shared"
+    for path, module in lora_layers(model):
+        if path.endswith(("k_proj", "v_proj")):
+            module.lora_A[first].weight.data *= 1.5
+    oracle = LlamaOracle(model, "base_shared", NAMES)
+    oracle.turn((other,), ids[0, :5].tolist())
+    expected = oracle.turn((other,), ids[0, :9].tolist())
+    assert_equal_logits(take_turn(model, cache, other, ids[:, :9])[-len(expected) :], expected)
+    expected = oracle.turn((first,), ids[0, :11].tolist())
+    assert_equal_logits(take_turn(model, cache, first, ids[:, :11])[-len(expected) :], expected)
+
+
+@pytest.mark.parametrize("sharing", POLICIES)
+def test_a_deleted_adapter_leaves_its_tokens_and_takes_its_entries(sharing):
+    model = agents_model()
+    policy = "base_lr_shared" if sharing == "auto" else sharing
+    cache, ids = SharedLoRACache(sharing=sharing), tokens(20)
+    oracle = LlamaOracle(model, policy, NAMES)
+    for name, stop in [("plan", 5), ("act", 9)]:
+        oracle.turn(agent_of(name), ids[0, :stop].tolist())
+        take_turn(model, cache, name, ids[:, :stop])
+    model.delete_adapter("act")
+    # What "act" processed was right when it was processed, and its base part is the base model's.
+    covered = cache.coverage()
+    assert "act" not in covered
+    assert "act" not in cache.memory_footprint()["low_rank"]
+    assert cache.trajectory_length == 9
+    oracle.names = ["plan"]
+    for name, stop in [("plan", 12), (None, 13), ("plan", 15)]:
+        expected = oracle.turn(agent_of(name), ids[0, :stop].tolist())
+        assert_equal_logits(take_turn(model, cache, name, ids[:, :stop])[-len(expected) :], expected)
+
+
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
+def test_deleted_and_added_again_while_another_agent_went_on(sharing):
+    model = agents_model()
+    cache, ids = SharedLoRACache(sharing=sharing), tokens(20)
+    oracle = LlamaOracle(model, sharing, NAMES)
+    for name, stop in [("plan", 5), ("act", 9)]:
+        oracle.turn(agent_of(name), ids[0, :stop].tolist())
+        take_turn(model, cache, name, ids[:, :stop])
+    model.delete_adapter("act")
+    oracle.names, _ = ["plan"], oracle.forget("act")
+    expected = oracle.turn(("plan",), ids[0, :12].tolist())
+    assert_equal_logits(take_turn(model, cache, "plan", ids[:, :12])[-len(expected) :], expected)
+    model.add_adapter("act", lora())
+    fill_adapter(model, "act", 77)
+    model.eval()
+    oracle.names = NAMES
+    assert cache.coverage()["act"] == 0
+    for name, stop in [("act", 14), ("plan", 15)]:
+        expected = oracle.turn(agent_of(name), ids[0, :stop].tolist())
+        assert_equal_logits(take_turn(model, cache, name, ids[:, :stop])[-len(expected) :], expected)
+
+
+def test_a_change_of_one_adapter_of_a_combination():
+    model = agents_model()
+    cache, ids = SharedLoRACache(sharing="base_shared"), tokens(20)
+    activate(model, "plan")
+    logits(model, ids[:, :4], cache)
+    activate(model, NAMES)
+    logits(model, ids[:, :9], cache, attention_mask=torch.ones(1, 9))
+    copy_through_data(model, None)
+    assert cache.coverage() == {"__base__": 4, "plan": 4, "act": 0}
+    oracle = LlamaOracle(model, "base_shared", NAMES)
+    oracle.turn(("plan",), ids[0, :4].tolist())
+    expected = oracle.turn(("act", "plan"), ids[0, :9].tolist())
+    actual = logits(model, ids[:, :9], cache, attention_mask=torch.ones(1, 9))[0]
+    assert_equal_logits(actual[-len(expected) :], expected)
+
+
+def test_set_scale_and_unscale_are_noticed():
+    model = agents_model()
+    cache, ids = SharedLoRACache(sharing="base_shared"), tokens(20)
+    take_turn(model, cache, "act", ids[:, :5])
+    for _, module in lora_layers(model):
+        module.scale_layer(0.5)
+    assert cache.trajectory_length == 5 and cache.coverage()["act"] == 0
+    expected = reference_of_fresh(model, "act", ids[:, :9])
+    assert_equal_logits(take_turn(model, cache, "act", ids[:, :9]), expected)
+
+
+def reference_of_fresh(model, name, ids):
+    activate(model, name)
+    return reference(model, ids)[0]
+
+
+def test_a_training_step_with_the_cache_attached_does_not_need_the_cache():
+    """The same content after all: nothing is dropped."""
+    model = agents_model()
+    cache, ids = SharedLoRACache(sharing="base_shared"), tokens(20)
+    take_turn(model, cache, "act", ids[:, :5])
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        for _, module in lora_layers(model):
+            module.lora_B["act"].weight.add_(0)
+    assert cache.coverage()["act"] == 5
+    expected = reference_of_fresh(model, "act", ids[:, :9])
+    assert_equal_logits(take_turn(model, cache, "act", ids[:, :9])[-4:], expected[-4:])

@@ -1,0 +1,162 @@
+"""Other attention layouts than plain Llama: each tiny model equals PEFT with a ``DynamicCache``, or is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+from lora_shared_cache import SharedLoRACache
+
+from .tiny import (
+    EXACT,
+    SHAPE,
+    TokenCounter,
+    activate,
+    assert_equal_logits,
+    copy_adapter,
+    difference,
+    feed,
+    finish,
+    logits,
+    lora,
+    reference,
+    tiny_llama,
+    tiny_mistral,
+    tokens,
+    twin,
+    with_adapters,
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
+
+N = 14
+# Float32 through two or three layers, logits of a few units.
+ROUNDING = 5e-5
+KV = dict(target_modules=["q_proj", "k_proj", "v_proj"])
+
+
+def build(name, dtype=torch.float32, **settings):
+    config_class = getattr(transformers, f"{name}Config")
+    shape = {**SHAPE, "num_hidden_layers": 2, **settings}
+    shape = {k: v for k, v in shape.items() if v != "absent"}
+    return finish(getattr(transformers, f"{name}ForCausalLM")(config_class(**shape)), dtype)
+
+
+GPT_OSS = dict(
+    num_local_experts=2, num_experts_per_tok=1, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+)
+FAMILIES = {
+    "Qwen2": dict(),
+    "Glm": dict(),  # interleaved, half of the head rotated
+    "StableLm": dict(head_dim="absent"),  # partial, sliced by the layer
+    "Phi": dict(head_dim="absent"),
+    "Cohere": dict(head_dim="absent"),  # interleaved
+    "Cohere2": dict(
+        sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),  # and layers without rotation
+    "Gemma": dict(),
+    "Gemma2": dict(sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
+    "Granite": dict(head_dim="absent", attention_multiplier=0.3),
+    "GptOss": GPT_OSS,  # sinks, cos/sin at half width
+    "SmolLM3": dict(head_dim="absent", no_rope_layers=[1, 0]),
+    "Starcoder2": dict(head_dim="absent"),
+    "Mixtral": dict(num_local_experts=2),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
+def test_families(family, sharing):
+    model = build(family, **FAMILIES[family])
+    if family == "Gemma2":
+        # SDPA of some versions drops the soft cap silently; eager has it.
+        model.set_attn_implementation("eager")
+    model = with_adapters(model, {"one": lora(**KV, rank_pattern={}, alpha_pattern={})})
+    plain = twin(model)
+    expected = reference(plain, tokens(N))
+    activate(plain, None)
+    assert difference(expected, reference(plain, tokens(N))) > 0.005
+    for sizes in ([N], [9, 1, 1, 3]):
+        cache = SharedLoRACache(sharing=sharing)
+        assert_equal_logits(feed(model, tokens(N), cache, sizes), expected, ROUNDING)
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "GptOss", "Glm"])
+def test_left_padding_in_families(family):
+    model = build(family, **FAMILIES[family])
+    model.set_attn_implementation("eager")
+    model = with_adapters(model, {"one": lora(**KV, rank_pattern={}, alpha_pattern={})})
+    ids, mask = tokens(N, rows=2), torch.ones(2, N, dtype=torch.long)
+    ids[1, :4], mask[1, :4] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = reference(twin(model), ids, attention_mask=mask, position_ids=positions)
+    actual = feed(model, ids, SharedLoRACache(), [9, 1, 4], mask=mask)
+    assert_equal_logits(actual[mask.bool()], expected[mask.bool()], ROUNDING)
+
+
+def test_soft_cap_and_sinks_matter():
+    model = with_adapters(build("Gemma2", **FAMILIES["Gemma2"]), {"one": lora(**KV, rank_pattern={}, alpha_pattern={})})
+    capped = feed(model, tokens(N), SharedLoRACache(), [N])
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert difference(capped, feed(model, tokens(N), SharedLoRACache(), [N])) > 1e-3
+    model = with_adapters(build("GptOss", **GPT_OSS), {"one": lora(**KV, rank_pattern={}, alpha_pattern={})})
+    with_sinks = feed(model, tokens(N), SharedLoRACache(), [N])
+    with torch.no_grad():
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.sinks.fill_(-1e4)
+    assert difference(with_sinks, feed(model, tokens(N), SharedLoRACache(), [N])) > 1e-3
+
+
+SCALINGS = {
+    "llama3": dict(
+        rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=8,
+    ),
+    "linear": dict(rope_type="linear", rope_theta=10000.0, factor=4.0),
+    "yarn": dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_rope_scaling(name):
+    model = with_adapters(tiny_llama(rope_parameters=SCALINGS[name]), ["one"])
+    expected = reference(twin(model), tokens(40))
+    unscaled = with_adapters(tiny_llama(), ["one"])
+    assert difference(expected, reference(unscaled, tokens(40))) > 0.01
+    for sharing in ("base_shared", "lr_precomputed"):
+        assert_equal_logits(feed(model, tokens(40), SharedLoRACache(sharing=sharing), [20, 1, 19]), expected, EXACT)
+
+
+@pytest.mark.parametrize("window", [1, 4, 9])
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
+def test_a_sliding_window_smaller_than_the_context(window, sharing):
+    model = with_adapters(tiny_mistral(sliding_window=window), ["one", "two"])
+    copy_adapter(model, "one", "two")
+    plain = twin(model)
+    assert (
+        difference(reference(plain, tokens(30)), reference(with_adapters(tiny_mistral(), ["one", "two"]), tokens(30)))
+        > 0.01
+    )
+    expected = feed(plain, tokens(30), DynamicCache(config=plain.config), [30])
+    cache = SharedLoRACache(sharing=sharing)
+    assert_equal_logits(feed(model, tokens(30), cache, [11, 1, 1, 9, 8]), expected)
+    # An agent that comes later needs the keys that have left the window of the last token.
+    activate(model, "two")
+    counter = TokenCounter(model)
+    again = logits(model, tokens(30), cache, attention_mask=torch.ones(1, 30))
+    rerun = counter.take()[0]
+    assert rerun == (30 if sharing == "base_shared" else 1)
+    assert_equal_logits(again[:, -rerun:], expected[:, -rerun:])
+
+
+def test_a_padded_batch_with_a_sliding_window():
+    model = with_adapters(tiny_mistral(sliding_window=4), ["one"])
+    ids, mask = tokens(N, rows=2), torch.ones(2, N, dtype=torch.long)
+    ids[1, :5], mask[1, :5] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = reference(twin(model), ids, attention_mask=mask, position_ids=positions)
+    actual = feed(model, ids, SharedLoRACache(), [9, 1, 4], mask=mask)
+    assert_equal_logits(actual[mask.bool()], expected[mask.bool()])
