@@ -119,11 +119,6 @@ def content_tensors(lora_layers: Iterable[tuple[str, Any]], name: str) -> tuple[
     return [t.detach() for t in tensors], scalings
 
 
-def version(tensors: Iterable[torch.Tensor]) -> int:
-    """Grows with every in-place change that PyTorch counts (optimiser steps, ``copy_``; not ``.data`` and hot-swaps)."""
-    return sum(0 if t.is_inference() else t._version for t in tensors)
-
-
 def digest(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
     """128 bits of the tensors' content, computed where they are, with one synchronisation.
 

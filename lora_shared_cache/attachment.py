@@ -113,7 +113,7 @@ class Attachment:
     active: int = 0
     _structure: Any = None
     _checked: Any = None
-    _tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    _watched: list[tuple[dict, dict, dict]] = field(default_factory=list)
     _weights: dict[Any, Any] = field(default_factory=dict)
     _digests: dict[str, Any] = field(default_factory=dict)
 
@@ -129,6 +129,8 @@ class Attachment:
         if structure == self._structure:
             return False
         self.lora_layers = [(path, m) for path, m in self.root.named_modules() if is_lora(m)]
+        # The dicts themselves: going through nn.Module's attributes costs more than all the rest of a stamp.
+        self._watched = [(m.scaling, m.lora_A._modules, m.lora_B._modules) for _, m in self.lora_layers]
         for layer in self.layers.values():
             for which in PROJECTIONS:
                 projection = layer.projection(which)
@@ -177,26 +179,29 @@ class Attachment:
 
     def forget_weights(self) -> None:
         """Drop everything computed from adapter weights."""
-        self._tensors.clear()
         self._weights.clear()
         self._digests.clear()
 
-    def weights_version(self, names: Iterable[str]) -> int:
-        """Changes whenever PyTorch counts an in-place change of these adapters' weights."""
-        total = 0
+    def stamp(self, names: Iterable[str]) -> tuple:
+        """Changes with everything about these adapters that shows without reading their weights: which tensors they are,
+        where, PyTorch's count of in-place changes, and the scalings. Cheap enough for every decode step.
+        """
+        parts: list[Any] = []
         for name in names:
-            tensors = self._tensors.get(name)
-            if tensors is None:
-                tensors, _ = peft_adapters.content_tensors(self.lora_layers, name)
-                self._tensors[name] = tensors
-            total += peft_adapters.version(tensors)
-        return total
+            for scaling, lora_a, lora_b in self._watched:
+                if name not in scaling:
+                    continue
+                parts.append(scaling[name])
+                for linear in (lora_a.get(name), lora_b.get(name)):
+                    for tensor in () if linear is None else linear._parameters.values():
+                        if tensor is not None:
+                            parts.append((id(tensor), tensor.data_ptr(), _version(tensor)))
+        return tuple(parts)
 
     def content_digest(self, name: str) -> tuple:
         """Content of an adapter: every weight and scaling. Read anew at each call; this is what notices a hot-swap."""
         tensors, scalings = peft_adapters.content_tensors(self.lora_layers, name)
         current = (*peft_adapters.digest(tensors), tuple(scalings))
-        self._tensors[name] = tensors
         if self._digests.get(name) != current:
             self._digests[name] = current
             self._weights.clear()
@@ -279,6 +284,10 @@ class Attachment:
                     config._attn_implementation_internal = original
                     forget_original(config)
                 self.originals = []
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass

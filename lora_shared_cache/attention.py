@@ -29,18 +29,16 @@ BACKEND_VARIABLE = "LORA_SHARED_CACHE_BACKEND"
 _originals: dict[int, str] = {}
 
 
-def attention_backend(device: torch.device) -> str | None:
-    """What LORA_SHARED_CACHE_BACKEND forces ("reference" or "triton"), else "reference" off CUDA and None (choose) on it.
+def attention_backend() -> str:
+    """ "reference" or "triton", from the environment variable LORA_SHARED_CACHE_BACKEND; absent: "reference".
 
     Raises:
         SharedCacheError: the variable holds anything else.
     """
-    chosen = os.environ.get(BACKEND_VARIABLE)
-    if chosen in ("reference", "triton"):
-        return chosen
-    if chosen:
+    chosen = os.environ.get(BACKEND_VARIABLE) or "reference"
+    if chosen not in ("reference", "triton"):
         raise SharedCacheError(f"{BACKEND_VARIABLE} is {chosen!r}, expected 'reference' or 'triton'")
-    return None if device.type == "cuda" else "reference"
+    return chosen
 
 
 def register_attention() -> None:

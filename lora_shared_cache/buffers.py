@@ -33,6 +33,11 @@ class TokenBuffer:
         """Tokens that fit without growing."""
         return 0 if self.data is None else self.data.shape[self.token_dim]
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the storage is; None before the first write."""
+        return None if self.data is None else self.data.device
+
     def write(self, start: int, new: torch.Tensor) -> None:
         """Write ``new`` at tokens ``start ...``, keeping the ``start`` tokens before; grows when needed."""
         n = new.shape[self.token_dim]

@@ -107,7 +107,7 @@ class SharedLoRACache(SharedCacheBase):
         self._first_token: dict[str, int] = {}
         self._agents: dict[Agent, None] = {}
         self._last_agent: Agent | None = None
-        self._last_version = 0
+        self._last_stamp: tuple = ()
 
     # ---- what users ask --------------------------------------------------------------------------------------------
 
@@ -343,7 +343,7 @@ class SharedLoRACache(SharedCacheBase):
         copy.layers = [layer.clone(copy) for layer in self.layers]
         copy._trajectory = self._trajectory.clone()
         copy._ropes = {key: (cos.clone(), sin.clone()) for key, (cos, sin) in self._ropes.items()}
-        copy._policy, copy._last_agent, copy._last_version = self._policy, self._last_agent, self._last_version
+        copy._policy, copy._last_agent, copy._last_stamp = self._policy, self._last_agent, self._last_stamp
         for name in ("_coverage", "_rope_length", "_identities", "_first_token", "_agents"):
             setattr(copy, name, dict(getattr(self, name)))
         for name in ("_down_totals", "_down_digests", "_shared_down"):
@@ -404,6 +404,11 @@ class SharedLoRACache(SharedCacheBase):
         """The Transformers model that called, the outermost one around it, and the former's running forward, if any."""
         inner = root = decoder_frame = None
         while frame is not None:
+            # Reading a frame's locals keeps them alive until it returns (before Python 3.13), so a user's are left alone.
+            library = frame.f_globals.get("__name__", "").partition(".")[0] in ("transformers", "peft")
+            if not (library or frame.f_code.co_name in ("forward", "generate")):
+                frame = frame.f_back
+                continue
             module = frame.f_locals.get("self")
             if isinstance(module, PeftModel) and root is not None and module.get_base_model() is root:
                 peft_adapters.check_model_wide(root, module.peft_config, tuple(module.peft_config))
@@ -426,7 +431,7 @@ class SharedLoRACache(SharedCacheBase):
 
         Args:
             attachment: the model.
-            whole: read the adapters' content anew, not only what PyTorch counts as a change (once per ``generate``).
+            whole: read the adapters' content anew, not only what shows without reading it (once per ``generate``).
 
         Raises:
             UnsupportedAdapterError: the split can't express the present state.
@@ -438,7 +443,7 @@ class SharedLoRACache(SharedCacheBase):
         unchanged = (
             self._policy is not None
             and agent == self._last_agent
-            and attachment.weights_version(self._watched(agent)) == self._last_version
+            and attachment.stamp(self._watched(agent)) == self._last_stamp
         )
         if unchanged and (not whole or self._in_prompt):
             return agent
@@ -454,11 +459,13 @@ class SharedLoRACache(SharedCacheBase):
             if name not in self._identities:
                 self._identities[name] = attachment.content_digest(name)
         self._last_agent = agent
-        self._last_version = attachment.weights_version(self._watched(agent))
+        self._last_stamp = attachment.stamp(self._watched(agent))
         return agent
 
     def _watched(self, agent: Agent) -> tuple[str, ...]:
-        return tuple(sorted({*agent, *self._identities}))
+        """Adapters whose weights the agent's next token depends on."""
+        group = () if self._policy is None else self._policy.group
+        return tuple(sorted({*agent, *group}))
 
     def _look_for_changes(self) -> None:
         """Drop what a changed or deleted adapter left, when nothing is running."""

@@ -120,7 +120,7 @@ class LayerPass:
         pending = [(entry, start) for entry, start in now.writers if start < now.stop]
         if not pending:
             return
-        key = ("down", self.layer.layer_idx, which, tuple(entry for entry, _ in pending))
+        key = ("down", x.device, self.layer.layer_idx, which, tuple(entry for entry, _ in pending))
         plan = now.attachment.cached_weights(key, lambda: _down_plan(module, [entry for entry, _ in pending]))
         if plan is None:
             return
@@ -157,7 +157,7 @@ class LayerPass:
         value_low_rank, value_up = self._low_rank("v_proj")
         layout = self.layer.layout
         assert layout is not None
-        backend = attention_backend(query.device)
+        backend = attention_backend()
         if key_low_rank is not None and key_up is not None and backend == "reference" and query.device.type == "cpu":
             # Expanding is a matrix product over all tokens; on the CPU the agent's expanded keys are kept and appended to.
             key = self._expanded_keys(key, key_low_rank, key_up)
@@ -196,7 +196,7 @@ class LayerPass:
             if not names_here:
                 continue
             buffer = self.storage.entries[entry.key][which]
-            key = ("up", self.layer.layer_idx, which, entry, names_here)
+            key = ("up", buffer.device, self.layer.layer_idx, which, entry, names_here)
             up = now.attachment.cached_weights(
                 key, partial(_up_projection, module, entry, names_here, self.layer.head_dim)
             )

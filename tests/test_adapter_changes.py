@@ -231,6 +231,24 @@ def test_training_between_two_decode_steps_is_noticed():
     assert_equal_logits(actual[-1], expected[-1])
 
 
+@pytest.mark.parametrize(
+    "change", [hotswap, rescale, delete_and_add_again, parameters_replaced, load_state], ids=lambda f: f.__name__
+)
+def test_other_tensors_or_another_scaling_are_noticed_by_a_single_new_token(change, tmp_path):
+    """A decode step has no time for a content checksum, but other tensors and numbers show without one."""
+    model = agents_model()
+    cache, ids = SharedLoRACache(sharing="base_shared"), tokens(20)
+    take_turn(model, cache, "plan", ids[:, :5])
+    take_turn(model, cache, "act", ids[:, :9])
+    change(model, tmp_path)
+    activate(model, "act")
+    oracle = LlamaOracle(model, "base_shared", NAMES)
+    oracle.turn(("plan",), ids[0, :5].tolist())
+    oracle.forget("act")
+    expected = oracle.turn(("act",), ids[0, :10].tolist())
+    assert_equal_logits(logits(model, ids[:, 9:10], cache)[0, -1], expected[-1])
+
+
 @pytest.mark.parametrize("change", [copy_in_place, copy_through_data, hotswap], ids=lambda f: f.__name__)
 def test_a_change_of_an_adapter_that_never_ran_costs_nobody_anything(change, tmp_path):
     for sharing in POLICIES:

@@ -322,6 +322,7 @@ def test_a_deep_copy_of_an_attached_model_is_a_model_of_its_own():
 
 
 def test_models_and_caches_are_released():
+    """Looking for the calling model on the stack must not keep the callers' variables alive (``frame.f_locals`` does)."""
     model = agents_model()
     cache = used(model)
     references = [weakref.ref(model.get_base_model()), weakref.ref(cache), weakref.ref(cache.layers[0].base_keys.data)]

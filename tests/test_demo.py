@@ -255,7 +255,7 @@ class NoTokenizer:
 
 def test_a_replay_on_the_same_kind_of_cache_chooses_what_was_recorded(agents):
     recorded = record(agents, Caches(SharedLoRACache, one_for_all=True))
-    again = list(replay(agents, NoTokenizer(), Caches(SharedLoRACache, one_for_all=True), recorded))
+    again = replay(agents, NoTokenizer(), {"": Caches(SharedLoRACache, one_for_all=True)}, recorded)[""]
     assert [turn.choices for turn in again] == [turn.tokens for turn in recorded] == [turn.tokens for turn in again]
     assert [(turn.covered, turn.nbytes) for turn in again] == [(turn.covered, turn.nbytes) for turn in recorded]
     assert [turn.prefilled for turn in again] == [12, 3, 3]  # adapters with one A: nothing is run twice
@@ -265,7 +265,10 @@ def test_a_replay_follows_the_record_where_the_cache_would_choose_otherwise(agen
     recorded = record(agents, Caches(DynamicCache, one_for_all=False))
     for turn in recorded:
         turn.choices, turn.tokens = turn.tokens, [token % 60 + 1 for token in turn.tokens]
-    again = list(replay(agents, NoTokenizer(), Caches(DynamicCache, one_for_all=False), recorded))
+    rivals = {"shared": Caches(SharedLoRACache, one_for_all=True), "exact": Caches(DynamicCache, one_for_all=False)}
+    replays = replay(agents, NoTokenizer(), rivals, recorded)
+    assert [len(turns) for turns in replays.values()] == [3, 3]
+    again = replays["exact"]
     assert [turn.tokens for turn in again] == [turn.tokens for turn in recorded]
     assert [turn.prefilled for turn in again] == [12, 19, 10]
     same, count = equal_choices(again, recorded)

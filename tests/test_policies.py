@@ -28,7 +28,11 @@ from .tiny import (
     with_adapters,
 )
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    # Rank patterns that match nothing where a test adapts a few projections only.
+    pytest.mark.filterwarnings("ignore:.*pattern keys did not match:RuntimeWarning"),
+]
 
 NAMES = ["plan", "act", "reflect"]
 POLICIES = ["base_shared", "lr_precomputed", "base_lr_shared"]
@@ -108,11 +112,11 @@ def test_policies_differ_from_each_other_and_from_both_bounds():
                 assert difference(last[one], last[other]) > 1e-3, (one, other)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["equal_a", "different_a"])
-@pytest.mark.parametrize("sharing", POLICIES)
+@pytest.mark.parametrize(
+    ("sharing", "shared"),
+    [(policy, True) for policy in POLICIES] + [("base_shared", False), ("lr_precomputed", False)],
+)
 def test_three_agents_on_one_trajectory(sharing, shared):
-    if sharing == "base_lr_shared" and not shared:
-        pytest.skip("refused: see test_base_lr_shared_refuses_different_as")
     model = agents_model(shared)
     turn_by_turn(model, SharedLoRACache(sharing=sharing), LlamaOracle(twin(model), sharing, NAMES), TURNS, tokens(20))
 

@@ -31,7 +31,7 @@ pytestmark = [
 NAMES = ["plan", "action", "reflect"]
 SETS = ["separate", "shared_a"]
 TURNS = ["plan", "action", "plan", "reflect"]
-NEW = 8
+NEW = 5
 
 
 @pytest.fixture(scope="module")
