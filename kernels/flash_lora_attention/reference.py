@@ -14,6 +14,8 @@ from .rope import apply_rope, half_width
 
 # Scores held at once, in elements over all heads: 64 MiB in float32.
 _SCORE_BLOCK = 1 << 24
+# Queries taken at once where later keys can be left out: small enough that little is computed in vain.
+_CAUSAL_BLOCK = 256
 
 
 def flash_lora_attention_reference(
@@ -138,41 +140,53 @@ def flash_lora_attention_reference(
         v_lr = None if v_lr is None else v_lr.masked_fill(unused[:, :, None], 0.0)
     k_t = k.transpose(-1, -2)
 
+    # Only causality: every query sees a key, and a block of queries sees no key past its last one.
+    length = problem.key_length
+    only_causal = (
+        isinstance(length, int) and length >= S and attention_mask is None and sliding_window is None and sinks is None
+    )
     out = query.new_empty(B, Hq, S, D)
     lse = query.new_empty(B, Hq, S, dtype=torch.float32) if return_lse else None
     step = max(1, _SCORE_BLOCK // max(1, B * Hq * T))
+    if only_causal and is_causal:
+        step = min(step, _CAUSAL_BLOCK)
     for start in range(0, S, step):
         stop = min(S, start + step)
         n = stop - start
+        seen = T
+        if only_causal:
+            assert isinstance(length, int)
+            seen = length - S + stop if is_causal else length
         # Query heads of one KV head side by side: (B, Hk, G * n, D), so that K and V are read once for all of them.
         q = (query[:, :, start:stop].to(acc) * scale).reshape(B, Hk, G * n, D)
-        scores = (q @ k_t).view(B, Hq, n, T)
+        scores = (q @ k_t[..., :seen]).view(B, Hq, n, seen)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        allowed = _allowed(problem.key_length, S, T, start, stop, is_causal, sliding_window, query.device)
-        if attention_mask is not None:
-            if attention_mask.dim() == 2:
-                padding = attention_mask.bool()[:, None, None, :]
-                allowed = padding if allowed is None else allowed & padding
-            else:
-                block = attention_mask[:, :, start:stop]
-                if block.dtype != torch.bool:
-                    scores = scores + block.to(acc)
-                else:
-                    allowed = block if allowed is None else allowed & block
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, float("-inf"))
-        if allowed is None and attention_mask is None and sinks is None and not return_lse and T:
+        if only_causal:
+            if is_causal and n > 1:
+                later = torch.ones(n, n, dtype=torch.bool, device=query.device).triu(1)
+                scores[..., seen - n :].masked_fill_(later, float("-inf"))
+        else:
+            allowed = _allowed(length, S, T, start, stop, is_causal, sliding_window, query.device)
+            if attention_mask is not None and attention_mask.is_floating_point():
+                scores = scores + attention_mask[:, :, start:stop].to(acc)
+            elif attention_mask is not None:
+                padding = attention_mask.dim() == 2
+                visible = attention_mask.bool()
+                visible = visible[:, None, None, :] if padding else visible[:, :, start:stop]
+                allowed = visible if allowed is None else allowed & visible
+            if allowed is not None:
+                scores = scores.masked_fill(~allowed, float("-inf"))
+        if only_causal and lse is None:
             p = scores.softmax(dim=-1)
         else:
             p, block_lse = _softmax_and_lse(scores, sinks)
             if lse is not None:
                 lse[:, :, start:stop] = block_lse
-        p_packed = p.view(B, Hk, G * n, T)
-        o = p_packed @ v
+        o = p.view(B, Hk, G * n, seen) @ v[:, :, :seen]
         if v_up is not None:
             # (P a) B: r columns instead of an expanded V.
-            pa = p.view(B, Hq * n, T) @ v_lr
+            pa = p.view(B, Hq * n, seen) @ v_lr[:, :seen]
             o = o + pa.view(B, Hk, G * n, -1) @ v_up
         out[:, :, start:stop] = o.view(B, Hq, n, D)
     return out if lse is None else (out, lse)
