@@ -263,8 +263,10 @@ def test_a_replay_on_the_same_kind_of_cache_chooses_what_was_recorded(agents):
 
 def test_a_replay_follows_the_record_where_the_cache_would_choose_otherwise(agents):
     recorded = record(agents, Caches(DynamicCache, one_for_all=False))
+    prompt = recorded[0].prompt
     for turn in recorded:
-        turn.choices, turn.tokens = turn.tokens, [token % 60 + 1 for token in turn.tokens]
+        turn.prompt, turn.choices, turn.tokens = prompt, turn.tokens, [token % 60 + 1 for token in turn.tokens]
+        prompt = prompt + turn.tokens + [7, 8]
     rivals = {"shared": Caches(SharedLoRACache, one_for_all=True), "exact": Caches(DynamicCache, one_for_all=False)}
     replays = replay(agents, NoTokenizer(), rivals, recorded)
     assert [len(turns) for turns in replays.values()] == [3, 3]

@@ -103,7 +103,9 @@ def main() -> None:
                 "memory_bytes": shared.memory_footprint(),
             }
         )
-    table = Table(title=f"Decode step, SmolLM2-135M, {arguments.dtype}, r={arguments.rank} on {', '.join(arguments.targets)}")
+    table = Table(
+        title=f"Decode step, SmolLM2-135M, {arguments.dtype}, r={arguments.rank} on {', '.join(arguments.targets)}"
+    )
     for heading in ("context", "PEFT + DynamicCache", "SharedLoRACache", "ratio", "paired ratio"):
         table.add_column(heading, justify="right")
     for row in rows:
