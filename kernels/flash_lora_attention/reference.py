@@ -177,12 +177,14 @@ def flash_lora_attention_reference(
                 allowed = visible if allowed is None else allowed & visible
             if allowed is not None:
                 scores = scores.masked_fill(~allowed, float("-inf"))
-        if only_causal and lse is None:
+        if only_causal:
+            # The same numbers whether the log-sum-exp is asked for or not.
             p = scores.softmax(dim=-1)
+            block_lse = None if lse is None else scores.logsumexp(dim=-1).float()
         else:
             p, block_lse = _softmax_and_lse(scores, sinks)
-            if lse is not None:
-                lse[:, :, start:stop] = block_lse
+        if lse is not None and block_lse is not None:
+            lse[:, :, start:stop] = block_lse
         o = p.view(B, Hk, G * n, seen) @ v[:, :, :seen]
         if v_up is not None:
             # (P a) B: r columns instead of an expanded V.
