@@ -241,6 +241,20 @@ def check_no_dropout(lora_layers: Iterable[tuple[str, Any]], agent: Agent) -> No
                 )
 
 
+def check_no_virtual_tokens(peft_config: dict) -> None:
+    """Refuse prompt tuning and its kin.
+
+    Raises:
+        UnsupportedAdapterError: with the adapter and its type.
+    """
+    for name, config in peft_config.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise UnsupportedAdapterError(
+                f"adapter {name!r} is {config.peft_type}: its virtual tokens are not part of the trajectory. Only LoRA can "
+                "share a cache"
+            )
+
+
 def check_model_wide(model: Any, peft_config: dict, names: Sequence[str]) -> None:
     """Refuse adapters under which the base itself differs.
 
@@ -252,12 +266,8 @@ def check_model_wide(model: Any, peft_config: dict, names: Sequence[str]) -> Non
     Raises:
         UnsupportedAdapterError: with the adapter and the setting.
     """
+    check_no_virtual_tokens(peft_config)
     for name, config in peft_config.items():
-        if getattr(config, "is_prompt_learning", False):
-            raise UnsupportedAdapterError(
-                f"adapter {name!r} is {config.peft_type}: its virtual tokens are not part of the trajectory. Only LoRA can "
-                "share a cache"
-            )
         bias = getattr(config, "bias", "none")
         if bias != "none":
             raise UnsupportedAdapterError(

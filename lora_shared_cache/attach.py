@@ -59,8 +59,8 @@ def attach(model: nn.Module) -> nn.Module:
     register_attention()
     root = _unwrap(model)
     if isinstance(model, PeftModel):
-        # The Transformers model inside does not know of prompt tuning.
-        peft_adapters.check_model_wide(root, model.peft_config, tuple(model.peft_config))
+        # The Transformers model inside does not know of them.
+        peft_adapters.check_no_virtual_tokens(model.peft_config)
     with _attach_lock:
         _attach(root)
     return model
@@ -69,6 +69,10 @@ def attach(model: nn.Module) -> nn.Module:
 def _attach(root: Any) -> None:
     attachment = attachment_of(root)
     if attachment is not None:
+        if not any(module is root for module in attachment.root.modules()):
+            # A part of this model was attached before.
+            attachment.root = root
+            _replace_generate(root, attachment)
         attachment.refresh()
         return
     if getattr(root.config, "is_encoder_decoder", False):
@@ -105,10 +109,14 @@ def _attach(root: Any) -> None:
     replace_forward(decoder, ModuleRecord(attachment), _decoder_forward)
     for layer in attachment.layers.values():
         replace_forward(layer.module, ModuleRecord(layer), _attention_forward)
+    _replace_generate(root, attachment)
+    attachment.refresh()
+
+
+def _replace_generate(root: Any, attachment: Attachment) -> None:
     if hasattr(type(root), "generate"):
         root.__dict__[_GENERATE_RECORD] = ModuleRecord(attachment, root.__dict__.get("generate"))
         root.__dict__["generate"] = MethodType(functools.wraps(type(root).generate)(thin(_generate)), root)
-    attachment.refresh()
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -126,12 +134,11 @@ def detach(model: nn.Module) -> nn.Module:
     root = attachment.root
     for module in root.modules():
         restore_forward(module)
-    record = root.__dict__.pop(_GENERATE_RECORD, None)
-    if record is not None:
-        if record.original is None:
-            root.__dict__.pop("generate", None)
-        else:
-            root.__dict__["generate"] = record.original
+        record = module.__dict__.pop(_GENERATE_RECORD, None)
+        if record is not None:
+            module.__dict__.pop("generate", None)
+            if record.original is not None:
+                module.__dict__["generate"] = record.original
     attachment.layers.clear()
     return model
 

@@ -121,12 +121,7 @@ class Attachment:
 
     def refresh(self) -> bool:
         """Look again at the model's adapters if any was added, deleted or replaced; returns whether that was so."""
-        structure = (
-            tuple(getattr(self.root, "peft_config", {}) or {}),
-            tuple(id(layer.projection(which)) for layer in self.layers.values() for which in PROJECTIONS),
-            tuple(self.lora_layers[0][1].scaling) if self.lora_layers else (),
-        )
-        if structure == self._structure:
+        if self._look() == self._structure:
             return False
         self.lora_layers = [(path, m) for path, m in self.root.named_modules() if is_lora(m)]
         # The dicts themselves: going through nn.Module's attributes costs more than all the rest of a stamp.
@@ -136,18 +131,23 @@ class Attachment:
                 projection = layer.projection(which)
                 if is_lora(projection):
                     replace_forward(projection, ProjectionRecord(layer, which), _projection_forward)
-        structure = (
-            structure[0],
-            structure[1],
+        self._structure = self._look()
+        self._weights.clear()
+        self._digests.clear()
+        return True
+
+    def _look(self) -> tuple:
+        return (
+            tuple(getattr(self.root, "peft_config", {}) or {}),
+            tuple(id(layer.projection(which)) for layer in self.layers.values() for which in PROJECTIONS),
             tuple(self.lora_layers[0][1].scaling) if self.lora_layers else (),
         )
-        self._structure = structure
-        self.forget_weights()
-        return True
 
     def contains(self, module: nn.Module) -> bool:
         """Whether this attachment is in force and ``module`` a part of its model."""
-        return bool(self.layers) and (module is self.decoder or any(m is module for m in self.root.modules()))
+        return bool(self.layers) and (
+            module in (self.root, self.decoder) or any(m is module for m in self.root.modules())
+        )
 
     def adapters(self) -> tuple[str, ...]:
         """Names of all adapters that have a LoRA layer, sorted."""
@@ -176,11 +176,6 @@ class Attachment:
         return ()
 
     # ---- content ---------------------------------------------------------------------------------------------------
-
-    def forget_weights(self) -> None:
-        """Drop everything computed from adapter weights."""
-        self._weights.clear()
-        self._digests.clear()
 
     def stamp(self, names: Iterable[str]) -> tuple:
         """Changes with everything about these adapters that shows without reading their weights: which tensors they are,

@@ -171,7 +171,7 @@ class SharedLoRACache(SharedCacheBase):
                 low_rank[name] = low_rank.get(name, 0) + sum(b.nbytes(tokens) for b in parts.values())
         ropes = [buffer for pair in self._ropes.values() for buffer in pair]
         positions = sum(buffer.nbytes(length) for buffer in ropes) + self._trajectory.nbytes()
-        allocated += sum(buffer.nbytes() for buffer in ropes) + self._trajectory.nbytes()
+        allocated += sum(buffer.nbytes() for buffer in ropes) + self._trajectory.nbytes(allocated=True)
         return MemoryFootprint(
             base=base,
             low_rank=low_rank,
@@ -356,7 +356,7 @@ class SharedLoRACache(SharedCacheBase):
         assert attachment is not None
         if self._attachment is attachment:
             return
-        if self._attachment is not None and self._attachment.root is attachment.root:
+        if self._attachment is not None and self._attachment.decoder is attachment.decoder:
             # The model was detached and attached again; what is cached is still its own.
             self._attachment = attachment
             return
@@ -366,7 +366,9 @@ class SharedLoRACache(SharedCacheBase):
         self._forget()
 
     def _check_model(self, root: nn.Module) -> None:
-        if self._attachment is not None and self._attachment.root is not root and self.trajectory_length:
+        if self._attachment is None or not self.trajectory_length:
+            return
+        if not any(module is self._attachment.decoder for module in root.modules()):
             raise SharedCacheError(
                 f"this cache holds {self.trajectory_length} tokens of another {type(self._attachment.root).__name__}; use one "
                 "SharedLoRACache per model, or cache.reset()"
@@ -392,6 +394,13 @@ class SharedLoRACache(SharedCacheBase):
         assert attachment is not None
         self._bind(attachment)
         if decoder_frame is None:
+            if self.trajectory_length:
+                # Only what generate cuts off its prompt would be left to compare with the trajectory.
+                raise SharedCacheError(
+                    f"{type(root).__name__}.generate was called before the model was attached, with a cache that holds "
+                    f"{self.trajectory_length} tokens already, so its prompt could not be checked. It is attached now: call "
+                    "generate again"
+                )
             return False
         if inner is not attachment.decoder:
             raise UnsupportedModelError(
@@ -410,8 +419,8 @@ class SharedLoRACache(SharedCacheBase):
                 frame = frame.f_back
                 continue
             module = frame.f_locals.get("self")
-            if isinstance(module, PeftModel) and root is not None and module.get_base_model() is root:
-                peft_adapters.check_model_wide(root, module.peft_config, tuple(module.peft_config))
+            if isinstance(module, PeftModel):
+                peft_adapters.check_no_virtual_tokens(module.peft_config)
             elif isinstance(module, PreTrainedModel):
                 if inner is None:
                     if not _mentions(frame.f_locals, self):

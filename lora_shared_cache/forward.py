@@ -390,7 +390,9 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
     known = ids if ids is not None else inputs.new_full((rows, n), UNKNOWN_TOKEN, dtype=torch.long)
     if cache.check_tokens:
         trajectory.check_tokens(known, start)
-    if n > 1 and cache.check_tokens and position_ids is not None:
+    # A token that generate made follows a prompt that was checked; looking again would make the host wait for the device.
+    looks = n > 1 or not cache._in_prompt or start < cache._prompt_length
+    if cache.check_tokens and position_ids is not None:
         trajectory.check_positions(position_ids, start)
     if start < covered:
         drop = _tokens_to_drop(start, n, covered, cache)
@@ -401,11 +403,11 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
             kwargs, known, position_ids, covered, start, remembered, remembered_positions
         )
         n, start = n + start - covered, covered
-    if n > 1 and cache.check_tokens:
+    if cache.check_tokens and (looks or mask is None):
         trajectory.check_padding(mask)
     stop = start + n
     cache._check_room(stop)
-    padded = n > 1 and mask is not None and not bool(mask.all())
+    padded = looks and mask is not None and not bool(mask.all())
     policy = cache._policy
     assert policy is not None
     writers = []

@@ -1,6 +1,6 @@
 """What ``generate`` does with a non-empty shared cache: checks of the prompt as a whole, before anything is run.
 
-``generate`` cuts its inputs by the cache's length in several ways (see MODELS in the design notes); inside the model only
+``generate`` cuts its inputs by the cache's length in several ways (docs/design.md, section 5); inside the model only
 what is left can be seen. Here the whole prompt is still there.
 """
 
@@ -57,7 +57,8 @@ def run_generate(
     rows, n = inputs.shape[0] * repeats, inputs.shape[1]
     cache._trajectory.check_rows(rows)
     mask = kwargs.get("attention_mask")
-    columns = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else n
+    mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    columns = n if mask is None else mask.shape[1]
     length = cache.trajectory_length
     assisted = any(setting(name) for name in _ASSISTED)
     if columns == n:
@@ -73,6 +74,8 @@ def run_generate(
         raise TrajectoryError(
             "assisted decoding feeds the prompt again, so it needs the whole trajectory as input_ids, not only its new tokens"
         )
+    if mask is not None and cache.check_tokens:
+        cache._trajectory.check_padding(mask.repeat_interleave(repeats, dim=0))
     # `generate` runs `ids[:, -(n - cached):]`: with everything cached that is all of them. The last token is run again.
     limit = columns - 1 if cache._seen_length(agent) >= columns else None
     with cache._prompt(columns, limit):

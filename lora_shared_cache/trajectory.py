@@ -167,9 +167,9 @@ class Trajectory:
             buffer.repeat_rows(repeats)
         self.rows *= repeats
 
-    def nbytes(self) -> int:
-        """Bytes in use."""
-        return sum(buffer.nbytes(self.length) for buffer in self._buffers())
+    def nbytes(self, allocated: bool = False) -> int:
+        """Bytes in use, or allocated."""
+        return sum(buffer.nbytes(None if allocated else self.length) for buffer in self._buffers())
 
     def clone(self) -> Trajectory:
         """An independent copy."""

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lora_shared_cache
-from lora_shared_cache import ATTENTION_NAME, SharedCacheError, SharedLoRACache, attach, detach
+from lora_shared_cache import ATTENTION_NAME, SharedCacheError, SharedLoRACache, TrajectoryError, attach, detach
 
 from .tiny import (
     activate,
@@ -610,3 +610,43 @@ def test_an_attached_model_compiles_without_graph_breaks():
     with torch.no_grad():
         assert torch.equal(compiled(input_ids=tokens(9), use_cache=False).logits, expected)
     torch._dynamo.reset()
+
+
+def test_a_cache_first_used_with_the_decoder_alone_goes_on_with_the_whole_model():
+    model = with_adapters(tiny_llama(), NAMES)
+    ids = tokens(12)
+    cache = SharedLoRACache()
+    with torch.no_grad():
+        model.base_model.model.model(input_ids=ids[:, :7], past_key_values=cache)
+    assert cache.trajectory_length == 7
+    wrong = ids.clone()
+    wrong[0, 3] += 1
+    call = dict(attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    # Nothing led from the decoder to the model around it: generate was not replaced, and its prompt not checked.
+    with pytest.raises(SharedCacheError, match="call generate again"):
+        model.generate(input_ids=wrong, **call)
+    with pytest.raises(TrajectoryError, match="position 3"):
+        model.generate(input_ids=wrong, **call)
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(input_ids=ids, **call), expected)
+    detach(model)
+    assert not any(key.startswith("_lora_shared_cache") for m in model.modules() for key in m.__dict__)
+    assert not any("generate" in m.__dict__ or "forward" in m.__dict__ for m in model.modules())
+
+
+def test_a_cache_outlives_detach_and_its_prompts_are_still_checked():
+    model = with_adapters(tiny_llama(), NAMES)
+    ids = tokens(12)
+    cache = SharedLoRACache()
+    logits(model, ids[:, :7], cache)
+    detach(model)
+    call = dict(attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    with pytest.raises(SharedCacheError, match="call generate again"):
+        model.generate(input_ids=ids, **call)
+    assert cache.trajectory_length == 7
+    wrong = ids.clone()
+    wrong[0, 3] += 1
+    with pytest.raises(TrajectoryError, match="position 3"):
+        model.generate(input_ids=wrong, **call)
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(input_ids=ids, **call), expected)

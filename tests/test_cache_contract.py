@@ -15,14 +15,15 @@ from .oracle import LlamaOracle
 from .tiny import (
     EXACT,
     activate,
+    agents_model,
     assert_equal_logits,
     difference,
     feed,
     logits,
     lora,
     lora_layers,
+    ones,
     reference,
-    share_a,
     tiny_llama,
     tokens,
     with_adapters,
@@ -32,16 +33,6 @@ pytestmark = pytest.mark.integration
 
 NAMES = ["plan", "act"]
 POLICIES = ["base_shared", "lr_precomputed", "base_lr_shared"]
-
-
-def agents_model():
-    model = with_adapters(tiny_llama(), NAMES)
-    share_a(model, NAMES)
-    return model
-
-
-def ones(n, rows=1):
-    return torch.ones(rows, n, dtype=torch.long)
 
 
 def take_turn(model, cache, name, ids):

@@ -11,10 +11,12 @@ from .oracle import LlamaOracle
 from .tiny import (
     TokenCounter,
     activate,
+    agents_model,
     assert_equal_logits,
     difference,
     feed,
     logits,
+    ones,
     reference,
     share_a,
     tiny_llama,
@@ -27,16 +29,6 @@ pytestmark = pytest.mark.integration
 
 NAMES = ["plan", "act"]
 POLICIES = ["base_shared", "lr_precomputed", "base_lr_shared"]
-
-
-def agents_model():
-    model = with_adapters(tiny_llama(), NAMES)
-    share_a(model, NAMES)
-    return model
-
-
-def ones(n, rows=1):
-    return torch.ones(rows, n, dtype=torch.long)
 
 
 def take_turn(model, cache, name, ids):
@@ -285,6 +277,40 @@ def test_crop_then_replay_is_never_having_had_the_tokens(sharing, n):
     for name, stop in [("act", 14), ("plan", 16), ("act", 17)]:
         expected = oracle.turn((name,), other[0, :stop].tolist())
         assert_equal_logits(take_turn(model, cache, name, other[:, :stop])[-len(expected) :], expected)
+
+
+def single_token_calls(model, cache, ids, mask):
+    """The ways in which one new token comes with another mask than before."""
+    whole = dict(input_ids=ids, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    return {
+        "forward": lambda: logits(model, ids[:, -1:], cache, attention_mask=mask),
+        "whole forward": lambda: logits(model, ids, cache, attention_mask=mask),
+        "generate": lambda: model.generate(**whole, attention_mask=mask),
+    }
+
+
+@pytest.mark.parametrize("how", ["forward", "whole forward", "generate"])
+@pytest.mark.parametrize("was_padded", [False, True])
+def test_other_padding_is_noticed_with_a_single_new_token(how, was_padded):
+    model = agents_model()
+    ids, mask = padded()
+    other = mask.clone() if not was_padded else torch.ones_like(mask)
+    before = mask if was_padded else torch.ones_like(mask)
+    assert not torch.equal(before[:, :-1], other[:, :-1])
+    cache = SharedLoRACache()
+    logits(model, ids[:, :-1], cache, attention_mask=before[:, :-1], position_ids=positions_of(before)[:, :-1])
+    with pytest.raises(TrajectoryError, match="padding"):
+        single_token_calls(model, cache, ids, other)[how]()
+    assert cache.trajectory_length == ids.shape[1] - 1
+
+
+def test_a_single_new_token_without_a_mask_on_a_padded_trajectory_is_refused():
+    model = agents_model()
+    ids, mask = padded()
+    cache = SharedLoRACache()
+    logits(model, ids[:, :-1], cache, attention_mask=mask[:, :-1], position_ids=positions_of(mask)[:, :-1])
+    with pytest.raises(TrajectoryError, match="has padding"):
+        logits(model, ids[:, -1:], cache)
 
 
 def test_crop_to_nothing_and_reset_start_over():

@@ -219,3 +219,15 @@ class TokenCounter:
     def take(self) -> list[int]:
         sizes, self.sizes = self.sizes, []
         return sizes
+
+
+def agents_model(names: Iterable[str] = ("plan", "act")) -> PeftModel:
+    """A tiny Llama in float64 whose adapters differ but share A."""
+    model = with_adapters(tiny_llama(), list(names))
+    share_a(model, list(names))
+    return model
+
+
+def ones(n: int, rows: int = 1) -> torch.Tensor:
+    """An attention mask without padding."""
+    return torch.ones(rows, n, dtype=torch.long)
