@@ -24,20 +24,14 @@ from flash_lora_attention.expand import expand
 from flash_lora_attention.extend import extend_attention
 from flash_lora_attention.inputs import Inputs, prepare
 
-# block_n, num_warps, num_stages, programs_per_sm
-DECODE = [(64, 4, 2, 2), (64, 4, 3, 1), (64, 4, 3, 2), (128, 8, 2, 1), (32, 4, 2, 2), (32, 4, 3, 2), (64, 4, 1, 2)]
+# block_n, num_warps, num_stages, programs_per_sm; each with and without the folded product
+DECODE = [(64, 4, 3, 1), (64, 4, 3, 2), (64, 4, 2, 2), (32, 4, 2, 2), (64, 4, 1, 2)]
+# max_rows, max_folded
+ROWS = [(1, 128), (2, 256), (4, 256), (2, 0)]
 # block_m, block_n, num_warps, num_stages
-EXTEND = [
-    (128, 128, 8, 2),
-    (128, 64, 8, 2),
-    (128, 64, 8, 3),
-    (128, 64, 4, 3),
-    (64, 64, 4, 2),
-    (128, 32, 8, 2),
-    (32, 16, 4, 1),
-]
-# block_t, num_warps
-EXPAND = [(16, 4), (32, 4), (64, 4), (64, 8)]
+EXTEND = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2), (32, 16, 4, 1)]
+# block_t, num_warps, num_stages, programs_per_sm
+EXPAND = [(32, 4, 2, 8), (32, 4, 2, 4), (32, 4, 1, 64), (64, 8, 3, 2), (16, 4, 2, 8)]
 
 
 def inputs(**options) -> Inputs:
@@ -82,19 +76,19 @@ def main() -> None:
     for bits, dtype, precision in (("16-bit", torch.bfloat16, "ieee"), ("32-bit", torch.float32, "tf32x3")):
         for kernel in ("decode", "extend", "expand"):
             result[kernel][bits] = {}
-        decode = [tuning.DecodeConfig(*c, precision=precision) for c in DECODE]
+        decode = [
+            tuning.DecodeConfig(*c, max_folded=folded, precision=precision) for c in DECODE for folded in (128, 0)
+        ]
         extend = [tuning.ExtendConfig(*c, precision=precision) for c in EXTEND]
         for D in (64, 128, 256):
             common = dict(D=D, dtype=dtype)
             name = f"{bits} D={D}"
-            entry = fastest(
-                f"decode {name}", [dict(T=t, **common) for t in (65536, 131072)], decode, split_kv_attention
-            )
-            for variant, options in (
-                ("short", dict(T=16384)), ("wide", dict(T=65536, r=64)), ("rows", dict(T=32768, B=8, n=8, trunk=True)),
-            ):  # fmt: skip
-                entry[variant] = fastest(f"decode {name} {variant}", [options | common], decode, split_kv_attention)
-            result["decode"][bits][str(D)] = entry
+            work = [dict(T=t, **common) for t in (16384, 131072)]
+            entry = fastest(f"decode {name}", work, decode, split_kv_attention)
+            rows = [tuning.DecodeConfig(**entry | dict(max_rows=m, max_folded=f)) for m, f in ROWS]
+            work = [dict(T=32768, B=8, n=8, trunk=True, **common)]
+            best = fastest(f"decode {name} rows", work, rows, split_kv_attention)
+            result["decode"][bits][str(D)] = entry | {"rows": best}
             work = [dict(S=s, T=16384, **common) for s in (32, 128)]
             result["extend"][bits][str(D)] = fastest(f"extend {name}", work, extend, extend_attention)
             work = [dict(T=16384, **common)]

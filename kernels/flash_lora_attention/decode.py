@@ -1,11 +1,20 @@
-"""Split-KV kernel for few queries on many keys: one pass over the base cache, low-rank parts expanded on chip.
+"""Split-KV kernel for few queries on many keys: one pass over the base cache, low-rank parts applied on chip.
 
 Every program takes one KV head, a range of keys and all queries of that head (grouped heads, query tokens and, where rows
 share one trunk, several rows). Scores are computed transposed, ``S^T = K q^T``: the long side of the tile is then the keys,
-so tensor cores are full however few queries there are, and the expanded ``RoPE_t(a_k B_k)`` leaves one matrix product as
-the accumulator of (keys, pairs) and enters the next as its left operand, without a trip through shared memory. It never
-touches the K tile itself: ``K q + RoPE(a B) q`` are two products, which makes the two key-norm numbers plain factors per
-key. V is not expanded at all: ``P a_v`` is accumulated beside ``P V`` (LRAgent, arXiv 2602.01053, section 4.3).
+so tensor cores are full however few queries there are.
+
+The low-rank part of the keys is never expanded. With rotary pairs p of angle (c, s) and the two columns 1, 2 of each pair,
+
+    q . RoPE_t(a_t B) = sum_r a_t[r] (sum_p c_t[p] M1[p, r] + s_t[p] M2[p, r])
+    M1 = q1 B1 + q2 B2,   M2 = q2 B1 - q1 B2
+
+so the queries are folded into the up-projection once per program, one product ``cos M1 + sin M2`` gives a weight per key,
+query and rank, and the key's ``a_t`` is applied to it in registers. cos and sin are left operands straight from shared
+memory, the K tile is not touched, and every adapter of the program has its columns in the same product. That holds while
+queries times rank fit into one product; above, ``RoPE_t(a_k B_k)`` is computed as it stands and multiplied by the queries.
+The two key-norm numbers are factors per key either way. V is not expanded at all: ``P a_v`` is accumulated beside ``P V``
+(LRAgent, arXiv 2602.01053, section 4.3).
 
 It is not for long prompts: there the expansion is better done once (``expand.py``) than once per tile of queries.
 """
@@ -18,10 +27,37 @@ import triton.language as tl
 
 from .inputs import Inputs, launch
 from .merge_kernel import merge_partials
-from .tiles import LOG2_E, log2_scores, pair_columns, visible_range
-from .tuning import SHORT_HEAD_KEYS, WIDE_RANK, DecodeConfig, num_sms
+from .tiles import LOG2_E, aligned, log2_softcap, pair_columns, visible_range
+from .tuning import DecodeConfig, num_sms
 
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _side_by_side(
+    INDEX, o_c, i_b, zero, stride_b, B,
+    R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, PER_ADAPTER: tl.constexpr,
+):  # fmt: skip
+    """Low-rank entries of all rows of a program, side by side: column c belongs to row c // PAD, entry c % PAD.
+
+    Returns the adapter of each column (int64), whether it holds an entry, and its offset in a low-rank cache. A column of a
+    base-model row holds none: nothing of that row is read.
+    """
+    o_row = o_c // PAD
+    o_r = o_c % PAD
+    known = (o_row < ROWS) & (i_b + o_row < B)
+    has = known & (o_r < R)  # conditions one by one: the compiler sees that each holds for whole vectors
+    n = zero
+    if INDEX is not None:
+        n = tl.load(INDEX + i_b + o_row, mask=known, other=-1).to(tl.int64)
+        n = tl.max_constancy(n, [PAD])
+        has = has & (n >= 0)
+        n = tl.maximum(n, 0)
+    if PER_ADAPTER:
+        offset = n * stride_b + o_r
+    else:
+        offset = (i_b + (o_row if ROWS > 1 else 0)) * stride_b + o_r
+    return n, has, offset
 
 
 @triton.jit(do_not_specialize=["B", "S", "T", "key_length", "window", "num_m", "num_groups", "num_splits"])
@@ -40,14 +76,27 @@ def split_kv_kernel(
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, FLOAT_MASK: tl.constexpr, PER_ADAPTER: tl.constexpr,
-    ROWS: tl.constexpr, DELTA_ROWS: tl.constexpr, UP_ONCE: tl.constexpr, KEY_IN_PAIRS: tl.constexpr,
-    HALVES: tl.constexpr, PARTIAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_RK: tl.constexpr, BLOCK_RV: tl.constexpr, PAD_RV: tl.constexpr, CHUNK_RK: tl.constexpr,
+    K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, KA_ALIGN: tl.constexpr, VA_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
+    C_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, DELTA_ROWS: tl.constexpr, FOLDED: tl.constexpr, PARTIAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_RK: tl.constexpr, BLOCK_RV: tl.constexpr, PAD_RV: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One KV head, one range of keys, all its queries; arguments as in ``Inputs``, strides in elements."""
     dtype = Q.dtype.element_ty
+    stride_kt = aligned(stride_kt, K_ALIGN)
+    stride_kh = aligned(stride_kh, K_ALIGN)
+    stride_kb = aligned(stride_kb, K_ALIGN)
+    stride_vt = aligned(stride_vt, V_ALIGN)
+    stride_vh = aligned(stride_vh, V_ALIGN)
+    stride_vb = aligned(stride_vb, V_ALIGN)
+    stride_kat = aligned(stride_kat, KA_ALIGN)
+    stride_kab = aligned(stride_kab, KA_ALIGN)
+    stride_vat = aligned(stride_vat, VA_ALIGN)
+    stride_vab = aligned(stride_vab, VA_ALIGN)
+    stride_ct = aligned(stride_ct, C_ALIGN)
+    stride_cb = aligned(stride_cb, C_ALIGN)
     # Heads are the fastest index: the programs that read the same cos/sin and low-rank entries run side by side, and so
     # do the row groups that read the same trunk.
     i = tl.program_id(0)
@@ -59,13 +108,14 @@ def split_kv_kernel(
     zero = i_b * 0  # int64: what is added to it is addressed in 64 bits
     i_split = i // num_groups
 
-    # Column m of the tile: row, query token and grouped head, the head fastest.
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_g = o_m % G
-    o_s = (o_m // G) % S
-    o_row = o_m // (G * S)
+    # Column m of the tile: the row, and in it BLOCK_C of its query tokens and grouped heads, the head fastest.
+    o_m = tl.arange(0, BLOCK_M)
+    o_row = o_m // BLOCK_C
+    o_c = i_m * BLOCK_C + o_m % BLOCK_C
+    o_g = o_c % G
+    o_s = o_c // G
     o_b = i_b + o_row
-    valid = (o_row < ROWS) & (o_b < B)
+    valid = (o_row < ROWS) & (o_b < B) & (o_s < S)
     o_hq = i_h * G + o_g
     if LENGTH is not None:
         b_length = tl.load(LENGTH + o_b * stride_nb, mask=valid, other=0).to(tl.int32)
@@ -82,62 +132,78 @@ def split_kv_kernel(
 
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
-    p_q = Q + o_b * stride_qb + o_hq * stride_qh + o_s * stride_qs  # (M,)
-    if not KEY_IN_PAIRS:
-        # (D, M)
-        b_q = tl.load(p_q[None, :] + o_d[:, None] * stride_qd, mask=valid[None, :] & (o_d < D)[:, None], other=0.0)
-        o_kn = o_n[:, None] * stride_kt + o_d[None, :] * stride_kd
+    p_q = Q + o_b * stride_qb + o_hq * stride_qh + o_s.to(tl.int64) * stride_qs  # (M,)
+    # (D, M)
+    b_q = tl.load(p_q[None, :] + o_d[:, None] * stride_qd, mask=valid[None, :] & (o_d < D)[:, None], other=0.0)
     p_k = K + i_b * stride_kb + i_h * stride_kh
     p_v = V + i_b * stride_vb + i_h * stride_vh
+    o_kn = o_n[:, None] * stride_kt + o_d[None, :] * stride_kd
     o_vn = o_n[:, None] * stride_vt + o_d[None, :] * stride_vd
 
     if KA is not None:
-        # The rotary pairs are taken in one or two halves, so that only half of the expansion is in registers at a time.
-        o_p = tl.arange(0, BLOCK_P // HALVES)
-        m_q = valid[None, :] & (o_p < D // 2)[:, None]
+        if COS is not None:
+            COS += i_b * stride_cb
+            SIN += i_b * stride_cb
+        o_p = tl.arange(0, BLOCK_P)
         o_1, o_2 = pair_columns(o_p, D, ROTARY, INTERLEAVED)
-        # (P, M) each: the query's columns in the order of the pairs
-        b_q1 = tl.load(p_q[None, :] + o_1[:, None] * stride_qd, mask=m_q, other=0.0)
-        b_q2 = tl.load(p_q[None, :] + o_2[:, None] * stride_qd, mask=m_q, other=0.0)
-        if HALVES == 2:
-            o_p_high = o_p + BLOCK_P // 2
-            m_q = valid[None, :] & (o_p_high < D // 2)[:, None]
-            o_1_high, o_2_high = pair_columns(o_p_high, D, ROTARY, INTERLEAVED)
-            b_q1_high = tl.load(p_q[None, :] + o_1_high[:, None] * stride_qd, mask=m_q, other=0.0)
-            b_q2_high = tl.load(p_q[None, :] + o_2_high[:, None] * stride_qd, mask=m_q, other=0.0)
-        o_rk = tl.arange(0, CHUNK_RK)
-        if UP_ONCE:
-            n_0 = tl.load(INDEX + i_b).to(tl.int64) if INDEX is not None else zero
-            p_up = KUP + (tl.maximum(n_0, 0) * HK + i_h) * (RK * D) + o_rk[:, None] * D
-            m_up = (o_rk < RK)[:, None] & (o_p < D // 2)[None, :]
-            # (r, P) each: one adapter for the whole program, read once
-            b_up1 = tl.load(p_up + o_1[None, :], mask=m_up, other=0.0).to(dtype)
-            b_up2 = tl.load(p_up + o_2[None, :], mask=m_up, other=0.0).to(dtype)
-            if HALVES == 2:
-                m_up = (o_rk < RK)[:, None] & (o_p_high < D // 2)[None, :]
-                b_up1_high = tl.load(p_up + o_1_high[None, :], mask=m_up, other=0.0).to(dtype)
-                b_up2_high = tl.load(p_up + o_2_high[None, :], mask=m_up, other=0.0).to(dtype)
-    if VA is not None:
-        # The low-rank entries of all adapters of the program stand side by side: column c belongs to row c // PAD_RV.
-        o_rv = tl.arange(0, BLOCK_RV)
-        o_vrow = o_rv // PAD_RV
-        o_vr = o_rv % PAD_RV
-        has = (o_vrow < DELTA_ROWS) & (i_b + o_vrow < B) & (o_vr < RV)
-        n_v = zero
-        if INDEX is not None:
-            if DELTA_ROWS == 1:
-                n_v = tl.load(INDEX + i_b).to(tl.int64)
+        if FOLDED:
+            # Columns of the folded product: (row, upper part of r, query column, r % 2). In the layout of a wgmma accumulator
+            # one thread then holds all ranks of a query column (of four per KV head), and sums over them without shuffles.
+            FOLD: tl.constexpr = ROWS * BLOCK_C
+            COLUMNS: tl.constexpr = FOLD // DELTA_ROWS
+            R_LOW: tl.constexpr = 2 if BLOCK_RK > 1 else 1
+            R_HIGH: tl.constexpr = BLOCK_RK // R_LOW
+            o_f = tl.arange(0, FOLD)
+            o_fc = i_m * BLOCK_C + o_f % BLOCK_C
+            o_fb = i_b + o_f // BLOCK_C
+            p_f = Q + o_fb * stride_qb + (i_h * G + o_fc % G) * stride_qh + (o_fc // G).to(tl.int64) * stride_qs
+            m_f = ((o_fb < B) & (o_fc // G < S))[:, None] & (o_p < D // 2)[None, :]
+            # (F, P)
+            b_f1 = tl.load(p_f[:, None] + o_1[None, :] * stride_qd, mask=m_f, other=0.0).to(tl.float32)
+            b_f2 = tl.load(p_f[:, None] + o_2[None, :] * stride_qd, mask=m_f, other=0.0).to(tl.float32)
+            o_rk = tl.arange(0, DELTA_ROWS * BLOCK_RK)
+            n_k, has_k, o_ka = _side_by_side(
+                INDEX, o_rk, i_b, zero, stride_kab, B, RK, BLOCK_RK, DELTA_ROWS, PER_ADAPTER
+            )
+            p_up = KUP + (n_k * HK + i_h) * (RK * D) + (o_rk % BLOCK_RK) * D
+            m_up = has_k[:, None] & (o_p < D // 2)[None, :]
+            # (rows r, P)
+            b_u1 = tl.load(p_up[:, None] + o_1[None, :], mask=m_up, other=0.0).to(tl.float32)
+            b_u2 = tl.load(p_up[:, None] + o_2[None, :], mask=m_up, other=0.0).to(tl.float32)
+            # (rows, upper r, columns, lower r, P)
+            b_f1 = tl.reshape(b_f1, [DELTA_ROWS, COLUMNS, BLOCK_P])[:, None, :, None, :]
+            b_f2 = tl.reshape(b_f2, [DELTA_ROWS, COLUMNS, BLOCK_P])[:, None, :, None, :]
+            b_u1 = tl.reshape(b_u1, [DELTA_ROWS, R_HIGH, R_LOW, BLOCK_P])[:, :, None, :, :]
+            b_u2 = tl.reshape(b_u2, [DELTA_ROWS, R_HIGH, R_LOW, BLOCK_P])[:, :, None, :, :]
+            b_m1 = tl.reshape(b_f1 * b_u1 + b_f2 * b_u2, [FOLD * BLOCK_RK, BLOCK_P])
+            if COS is None:
+                b_w0 = tl.sum(b_m1, axis=1)
             else:
-                n_v = tl.load(INDEX + i_b + o_vrow, mask=(o_vrow < DELTA_ROWS) & (i_b + o_vrow < B), other=-1)
-                n_v = tl.max_constancy(n_v.to(tl.int64), [PAD_RV])
-            has = has & (o_vr < tl.where(n_v >= 0, RV, 0))
-            n_v = tl.maximum(n_v, 0)
-        if PER_ADAPTER:
-            o_va = n_v * stride_vab + o_vr
+                if ROTARY < D:
+                    # Pairs that are not rotated weigh the same at every key.
+                    still = (o_p >= ROTARY // 2)[None, :]
+                    b_w0 = tl.sum(tl.where(still, b_m1, 0.0), axis=1)
+                    b_m1 = tl.where(still, 0.0, b_m1)
+                b_m1 = b_m1.to(dtype)
+                b_m2 = tl.reshape(b_f2 * b_u1 - b_f1 * b_u2, [FOLD * BLOCK_RK, BLOCK_P]).to(dtype)
         else:
-            o_va = (i_b + (o_vrow if DELTA_ROWS > 1 else 0)) * stride_vab + o_vr
+            CHUNK_RK: tl.constexpr = 64 if BLOCK_RK > 64 else BLOCK_RK
+            o_rk = tl.arange(0, CHUNK_RK)
+            n_k = tl.load(INDEX + i_b).to(tl.int64) if INDEX is not None else zero
+            # A base-model row reads nothing: its low-rank entries may be anything.
+            rank = tl.where(n_k >= 0, RK, 0)
+            n_k = tl.maximum(n_k, 0)
+            p_a = KA + (n_k if PER_ADAPTER else i_b) * stride_kab
+            m_q = valid[None, :] & (o_p < D // 2)[:, None]
+            # (P, M) each: the query's columns in the order of the pairs
+            b_q1 = tl.load(p_q[None, :] + o_1[:, None] * stride_qd, mask=m_q, other=0.0)
+            b_q2 = tl.load(p_q[None, :] + o_2[:, None] * stride_qd, mask=m_q, other=0.0)
+    if VA is not None:
+        o_rv = tl.arange(0, BLOCK_RV)
+        n_v, has_v, o_va = _side_by_side(INDEX, o_rv, i_b, zero, stride_vab, B, RV, PAD_RV, DELTA_ROWS, PER_ADAPTER)
         b_pa = tl.zeros([BLOCK_RV, BLOCK_M], tl.float32)
 
+    log2_scale = scale * LOG2_E
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # reduced over the keys once, after the loop
     b_o = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
@@ -146,91 +212,80 @@ def split_kv_kernel(
         o_t = start + o_n
         inside = o_t < end
         t = start + zero
-        if KEY_IN_PAIRS:
-            b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for half in tl.static_range(HALVES):
-                o_h = o_p + half * (BLOCK_P // HALVES)
-                p_h = p_k + t * stride_kt + o_n[:, None] * stride_kt + o_h[None, :] * stride_kd
-                m_k = inside[:, None] & (o_h < D // 2)[None, :]
-                # (N, P) each: the same columns as those of the query's pairs, so the query is in shared memory once
-                b_k1 = tl.load(p_h, mask=m_k, other=0.0).to(dtype)
-                b_k2 = tl.load(p_h + D // 2 * stride_kd, mask=m_k, other=0.0).to(dtype)
-                b_s = tl.dot(b_k1, b_q1 if half == 0 else b_q1_high, b_s, input_precision=PRECISION)
-                b_s = tl.dot(b_k2, b_q2 if half == 0 else b_q2_high, b_s, input_precision=PRECISION)
-        else:
-            # (N, D)
-            b_k = tl.load(p_k + t * stride_kt + o_kn, mask=inside[:, None] & (o_d < D)[None, :], other=0.0).to(dtype)
-            b_s = tl.dot(b_k, b_q, input_precision=PRECISION)  # (N, M)
+        # (N, D)
+        b_k = tl.load(p_k + t * stride_kt + o_kn, mask=inside[:, None] & (o_d < D)[None, :], other=0.0).to(dtype)
+        # (N, M), in units of log2. Scaled here, so that the compiler does not make b_e below its accumulator: wgmma instructions
+        # would be serialised (ptxas C7520).
+        b_s = tl.dot(b_k, b_q, input_precision=PRECISION) * log2_scale
+        if KA is not None:
+            if COS is not None:
+                o_cn = t * stride_ct + o_n[:, None] * stride_ct + o_p[None, :] * stride_cd
+                m_c = inside[:, None] & (o_p < C_WIDTH)[None, :]
+                # (N, P) each
+                b_cos = tl.load(COS + o_cn, mask=m_c, other=0.0)
+                b_sin = tl.load(SIN + o_cn, mask=m_c, other=0.0)
+            if FOLDED:
+                # (N, rows r)
+                b_a = tl.load(
+                    KA + o_ka[None, :] + t * stride_kat + o_n[:, None] * stride_kat,
+                    mask=inside[:, None] & has_k[None, :], other=0.0,
+                )  # fmt: skip
+                b_w = tl.zeros([BLOCK_N, FOLD * BLOCK_RK], tl.float32)
+                if COS is None or ROTARY < D:
+                    b_w += b_w0[None, :]
+                if COS is not None:
+                    b_w = tl.dot(b_cos.to(dtype), tl.trans(b_m1), b_w, input_precision=PRECISION)
+                    b_w = tl.dot(b_sin.to(dtype), tl.trans(b_m2), b_w, input_precision=PRECISION)
+                b_a = tl.reshape(b_a, [BLOCK_N, DELTA_ROWS, R_HIGH, R_LOW])[:, :, :, None, :].to(tl.float32)
+                b_w = tl.reshape(b_w, [BLOCK_N, DELTA_ROWS, R_HIGH, COLUMNS, R_LOW]) * b_a
+                b_e = tl.reshape(tl.sum(tl.sum(b_w, axis=4), axis=2), [BLOCK_N, FOLD])
+                if FOLD < BLOCK_M:
+                    # The columns beyond are nobody's, and masked below: they may hold anything.
+                    b_e = tl.broadcast_to(b_e[:, None, :], [BLOCK_N, BLOCK_M // FOLD, FOLD])
+                    b_e = tl.reshape(b_e, [BLOCK_N, BLOCK_M])
+            else:
+                b_d1 = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+                b_d2 = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+                for c in tl.static_range(0, BLOCK_RK, CHUNK_RK):
+                    # (N, r)
+                    b_a = tl.load(
+                        p_a + t * stride_kat + o_n[:, None] * stride_kat + (c + o_rk)[None, :],
+                        mask=inside[:, None] & (c + o_rk < rank)[None, :], other=0.0,
+                    ).to(dtype)  # fmt: skip
+                    p_up = KUP + (n_k * HK + i_h) * (RK * D) + (c + o_rk)[:, None] * D
+                    m_up = (c + o_rk < RK)[:, None] & (o_p < D // 2)[None, :]
+                    # (r, P) each
+                    b_u1 = tl.load(p_up + o_1[None, :], mask=m_up, other=0.0).to(dtype)
+                    b_u2 = tl.load(p_up + o_2[None, :], mask=m_up, other=0.0).to(dtype)
+                    b_d1 = tl.dot(b_a, b_u1, b_d1, input_precision=PRECISION)
+                    b_d2 = tl.dot(b_a, b_u2, b_d2, input_precision=PRECISION)
+                if COS is not None:
+                    b_cos = b_cos.to(tl.float32)
+                    b_sin = b_sin.to(tl.float32)
+                    if ROTARY < D:
+                        b_cos = tl.where((o_p < ROTARY // 2)[None, :], b_cos, 1.0)  # angle 0
+                    b_e1 = b_d1 * b_cos - b_d2 * b_sin
+                    b_e2 = b_d2 * b_cos + b_d1 * b_sin
+                else:
+                    b_e1 = b_d1
+                    b_e2 = b_d2
+                b_e = tl.dot(b_e1.to(dtype), b_q1, input_precision=PRECISION)
+                b_e = tl.dot(b_e2.to(dtype), b_q2, b_e, input_precision=PRECISION)
+
         if GAIN is not None:
             if ROWS == 1:
                 p_g = i_b * stride_gb + i_h * stride_gh + o_t.to(tl.int64)[:, None] * stride_gt  # (N, 1)
-                b_gain = tl.load(GAIN + p_g, mask=inside[:, None], other=0.0).to(tl.float32)
-                b_dgain = tl.load(DELTA_GAIN + p_g, mask=inside[:, None], other=0.0).to(tl.float32)
+                m_g = inside[:, None]
             else:
                 p_g = (o_b * stride_gb)[None, :] + i_h * stride_gh + o_t.to(tl.int64)[:, None] * stride_gt  # (N, M)
-                b_gain = tl.load(GAIN + p_g, mask=inside[:, None] & valid[None, :], other=0.0).to(tl.float32)
-                b_dgain = tl.load(DELTA_GAIN + p_g, mask=inside[:, None] & valid[None, :], other=0.0).to(tl.float32)
-            b_s = b_s * b_gain
+                m_g = inside[:, None] & valid[None, :]
+            b_s = b_s * tl.load(GAIN + p_g, mask=m_g, other=0.0).to(tl.float32)
+            if KA is not None:
+                b_e = b_e * tl.load(DELTA_GAIN + p_g, mask=m_g, other=0.0).to(tl.float32)
         if KA is not None:
-            for half in tl.static_range(HALVES):
-                o_h = o_p + half * (BLOCK_P // HALVES)
-                o_h1 = o_1 if half == 0 else o_1_high
-                o_h2 = o_2 if half == 0 else o_2_high
-                if COS is not None:
-                    p_c = i_b * stride_cb + t * stride_ct + o_n[:, None] * stride_ct + o_h[None, :] * stride_cd
-                    m_c = inside[:, None] & (o_h < ROTARY // 2)[None, :]
-                    # (N, P) each; columns that are not rotated have angle 0
-                    b_cos = tl.load(COS + p_c, mask=m_c, other=1.0).to(tl.float32)
-                    b_sin = tl.load(SIN + p_c, mask=m_c, other=0.0).to(tl.float32)
-                for j in tl.static_range(DELTA_ROWS):
-                    row = i_b + j
-                    known = row < B
-                    n = tl.load(INDEX + row, mask=known, other=-1).to(tl.int64) if INDEX is not None else zero
-                    # A base-model row reads nothing: its low-rank entries may be anything.
-                    rank = tl.where(known & (n >= 0), RK, 0)
-                    n = tl.maximum(n, 0)
-                    p_a = KA + (n if PER_ADAPTER else row) * stride_kab + t * stride_kat
-                    b_d1 = tl.zeros([BLOCK_N, BLOCK_P // HALVES], tl.float32)
-                    b_d2 = tl.zeros([BLOCK_N, BLOCK_P // HALVES], tl.float32)
-                    for c in tl.static_range(0, BLOCK_RK, CHUNK_RK):
-                        # (N, r)
-                        b_a = tl.load(
-                            p_a + o_n[:, None] * stride_kat + (c + o_rk)[None, :],
-                            mask=inside[:, None] & (c + o_rk < rank)[None, :],
-                            other=0.0,
-                        ).to(dtype)
-                        if UP_ONCE:
-                            b_u1 = b_up1 if half == 0 else b_up1_high
-                            b_u2 = b_up2 if half == 0 else b_up2_high
-                        else:
-                            p_up = KUP + (n * HK + i_h) * (RK * D) + (c + o_rk)[:, None] * D
-                            m_up = (c + o_rk < RK)[:, None] & (o_h < D // 2)[None, :]
-                            # (r, P) each
-                            b_u1 = tl.load(p_up + o_h1[None, :], mask=m_up, other=0.0).to(dtype)
-                            b_u2 = tl.load(p_up + o_h2[None, :], mask=m_up, other=0.0).to(dtype)
-                        b_d1 = tl.dot(b_a, b_u1, b_d1, input_precision=PRECISION)
-                        b_d2 = tl.dot(b_a, b_u2, b_d2, input_precision=PRECISION)
-                    if COS is not None:
-                        b_e1 = b_d1 * b_cos - b_d2 * b_sin
-                        b_e2 = b_d2 * b_cos + b_d1 * b_sin
-                    else:
-                        b_e1 = b_d1
-                        b_e2 = b_d2
-                    b_r1 = b_q1 if half == 0 else b_q1_high
-                    b_r2 = b_q2 if half == 0 else b_q2_high
-                    if DELTA_ROWS > 1:
-                        # The other rows' columns are 0: their scores get nothing from this adapter.
-                        b_r1 = tl.where((o_row == j)[None, :], b_r1, 0.0)
-                        b_r2 = tl.where((o_row == j)[None, :], b_r2, 0.0)
-                    if GAIN is not None:
-                        b_e = tl.dot(b_e1.to(dtype), b_r1, input_precision=PRECISION)
-                        b_e = tl.dot(b_e2.to(dtype), b_r2, b_e, input_precision=PRECISION)
-                        b_s += b_e * b_dgain
-                    else:
-                        b_s = tl.dot(b_e1.to(dtype), b_r1, b_s, input_precision=PRECISION)
-                        b_s = tl.dot(b_e2.to(dtype), b_r2, b_s, input_precision=PRECISION)
-
-        b_s = log2_scores(b_s, scale, softcap, HAS_SOFTCAP)
+            b_s += b_e * log2_scale
+        if HAS_SOFTCAP:
+            b_s = log2_softcap(b_s, softcap)
         seen = inside[:, None] & (o_t[:, None] <= last[None, :])
         if HAS_WINDOW:
             seen = seen & (o_t[:, None] >= first[None, :])
@@ -256,9 +311,11 @@ def split_kv_kernel(
         b_v = tl.load(p_v + t * stride_vt + o_vn, mask=inside[:, None] & (o_d < D)[None, :], other=0.0).to(dtype)
         b_o = tl.dot(tl.trans(b_v), b_p, b_o * b_scale[None, :], input_precision=PRECISION)
         if VA is not None:
-            p_a = VA + o_va[None, :] + t * stride_vat + o_n[:, None] * stride_vat
-            # (N, r)
-            b_a = tl.load(p_a, mask=inside[:, None] & has[None, :], other=0.0).to(dtype)
+            # (N, rows r)
+            b_a = tl.load(
+                VA + o_va[None, :] + t * stride_vat + o_n[:, None] * stride_vat,
+                mask=inside[:, None] & has_v[None, :], other=0.0,
+            ).to(dtype)  # fmt: skip
             b_pa = tl.dot(tl.trans(b_a), b_p, b_pa * b_scale[None, :], input_precision=PRECISION)
 
     b_l = tl.sum(b_sum, axis=0)
@@ -268,15 +325,25 @@ def split_kv_kernel(
         # Normalised first: a sum over a million keys would not fit into float16.
         b_pa = b_pa * b_inv[None, :]
         if DELTA_ROWS > 1:
-            b_pa = tl.where(o_vrow[:, None] == o_row[None, :], b_pa, 0.0)
-        o_up = (n_v * HK + i_h) * (RV * D) + o_vr * D
-        # (D, r), the up-projections transposed
-        b_up = tl.load(VUP + o_up[None, :] + o_d[:, None], mask=has[None, :] & (o_d < D)[:, None], other=0.0).to(dtype)
-        # In two parts where dtype is 16 bits wide: with a small rank one rounding of P a_v would show in all columns.
-        b_high = b_pa.to(dtype)
-        b_o = tl.dot(b_up, b_high, b_o, input_precision=PRECISION)
-        if dtype != tl.float32:
-            b_o = tl.dot(b_up, (b_pa - b_high.to(tl.float32)).to(dtype), b_o, input_precision=PRECISION)
+            b_pa = tl.where((o_rv // PAD_RV)[:, None] == o_row[None, :], b_pa, 0.0)
+        CHUNK: tl.constexpr = 64 if BLOCK_RV > 64 else BLOCK_RV
+        for c in tl.static_range(0, BLOCK_RV // CHUNK):
+            # The up-projections of a wide rank do not fit into shared memory at once.
+            o_rv = c * CHUNK + tl.arange(0, CHUNK)
+            n_v, has_v, o_va = _side_by_side(INDEX, o_rv, i_b, zero, stride_vab, B, RV, PAD_RV, DELTA_ROWS, PER_ADAPTER)
+            if CHUNK < BLOCK_RV:
+                b_c = tl.reshape(b_pa, [BLOCK_RV // CHUNK, CHUNK, BLOCK_M])
+                b_c = tl.sum(tl.where((tl.arange(0, BLOCK_RV // CHUNK) == c)[:, None, None], b_c, 0.0), axis=0)
+            else:
+                b_c = b_pa
+            p_up = VUP + (n_v * HK + i_h) * (RV * D) + (o_rv % PAD_RV) * D
+            # (D, rows r), the up-projections transposed
+            b_up = tl.load(p_up[None, :] + o_d[:, None], mask=has_v[None, :] & (o_d < D)[:, None], other=0.0).to(dtype)
+            # In two parts where dtype is 16 bits wide: with a small rank one rounding of P a_v would show in all columns.
+            b_high = b_c.to(dtype)
+            b_o = tl.dot(b_up, b_high, b_o, input_precision=PRECISION)
+            if dtype != tl.float32:
+                b_o = tl.dot(b_up, (b_c - b_high.to(tl.float32)).to(dtype), b_o, input_precision=PRECISION)
     b_lse = tl.where(b_l > 0.0, b_max * LN_2 + tl.log(tl.where(b_l > 0.0, b_l, 1.0)), float("-inf"))
     if not PARTIAL and SINKS is not None:
         b_sink = tl.load(SINKS + o_hq).to(tl.float32)
@@ -308,21 +375,19 @@ def _one_trunk(x: Inputs) -> bool:
 
 def variant(x: Inputs) -> str | None:
     """Which of the tuned variants of the tiles fits the call; see ``tuning.decode_config``."""
-    if _one_trunk(x):
-        return "rows"
-    if max(x.rk, x.rv) > WIDE_RANK:
-        return "wide"
-    return "short" if x.visible_keys * x.Hk * x.B <= SHORT_HEAD_KEYS else None
+    return "rows" if _one_trunk(x) else None
 
 
 def rows_per_program(x: Inputs, config: DecodeConfig) -> int:
-    """Rows of one trunk that one program takes."""
+    """Rows of one trunk that one program takes: as many as its products have columns for."""
     if not _one_trunk(x):
         return 1
-    # At most 128 low-rank columns of V side by side.
-    fit = min(config.block_m_rows // (x.G * x.S), max(1, 128 // triton.next_power_of_2(x.rv)))
+    columns = triton.next_power_of_2(x.G * x.S)
+    fit = min(config.max_rows, config.block_m_rows // columns, 128 // triton.next_power_of_2(x.rv))
+    if x.key_low_rank is not None:
+        fit = min(fit, config.max_folded // (columns * triton.next_power_of_2(x.rk)))
     rows = 1
-    while rows * 2 <= min(fit, config.max_rows) and rows < x.B:
+    while rows * 2 <= fit and rows < x.B:
         rows *= 2
     return rows
 
@@ -344,9 +409,10 @@ def split_kv_attention(
     shared_delta = x.adapter_index is None and all(
         a is None or a.stride(0) == 0 or rows == 1 for a in (x.key_low_rank, x.value_low_rank)
     )
-    columns = rows * x.S * x.G
-    block_m = max(16, min(config.max_block_m, triton.next_power_of_2(columns)))
-    num_m = triton.cdiv(columns, block_m)
+    delta_rows = 1 if shared_delta else rows
+    columns = x.S * x.G
+    block_c = min(config.max_block_m, triton.next_power_of_2(columns))  # of each row
+    num_m = triton.cdiv(columns, block_c)
     groups = triton.cdiv(x.B, rows)
     programs = x.Hk * num_m * groups
     if num_splits is None:
@@ -355,9 +421,16 @@ def split_kv_attention(
     shape = (num_splits, x.B, x.Hk * x.G, x.S)
     out = torch.empty((*shape, x.D), dtype=torch.float32 if partial else x.query.dtype, device=x.query.device)
     lse = torch.empty(shape, dtype=torch.float32, device=x.query.device)
-    block_rk, pad_rv = (max(16, triton.next_power_of_2(r)) for r in (x.rk, x.rv))
-    chunk_rk = min(block_rk, 64)
-    delta_rows = 1 if shared_delta else rows
+    # The folded product has at least 16 columns.
+    block_rk = max(triton.next_power_of_2(x.rk), 16 // min(16, rows * block_c))
+    folded = rows * block_c * block_rk <= config.max_folded
+    if not folded:
+        block_rk = max(16, block_rk)
+    block_m = max(16, rows * block_c)
+    if folded and block_m == rows * block_c and x.key_low_rank is not None:
+        # Room to spare: else the compiler computes the whole softmax in the layout of the folded sums, every value many times.
+        block_m *= 2
+    pad_rv = max(16, triton.next_power_of_2(x.rv))
     block_rv = delta_rows * pad_rv
     if x.query.dtype != torch.float32 and config.block_n >= 64:
         # Hopper's wgmma takes 64 rows at least; with fewer, P a_v would fall back to mma.sync, in another layout.
@@ -370,10 +443,8 @@ def split_kv_attention(
         lse,
         dict(num_m=num_m, num_groups=groups, num_splits=num_splits),
         dict(
-            ROWS=rows, DELTA_ROWS=delta_rows, UP_ONCE=delta_rows == 1 and chunk_rk == block_rk,
-            KEY_IN_PAIRS=x.key_low_rank is not None and not x.rotary_interleaved and x.rotary_dim == x.D,
-            HALVES=2 if x.D >= 128 else 1, PARTIAL=partial, BLOCK_M=block_m, BLOCK_RK=block_rk,
-            BLOCK_RV=block_rv, PAD_RV=pad_rv, CHUNK_RK=chunk_rk,
+            ROWS=rows, DELTA_ROWS=delta_rows, FOLDED=folded, PARTIAL=partial, BLOCK_M=block_m, BLOCK_C=block_c,
+            BLOCK_RK=block_rk, BLOCK_RV=block_rv, PAD_RV=pad_rv,
         ),
         config,
     )  # fmt: skip

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .inputs import Inputs
+from .inputs import Inputs, alignments
 from .merge_kernel import merge_partials
-from .tiles import pair_columns
+from .tiles import aligned, pair_columns
 from .tuning import DispatchConfig, ExpandConfig, num_sms
 
 
-@triton.jit(do_not_specialize=["length", "num_t"])
+@triton.jit(do_not_specialize=["length", "num_t", "num_programs"])
 def expand_kernel(
     K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, OUT_K, OUT_V,
     stride_kb, stride_kh, stride_kt, stride_kd,
@@ -28,101 +28,139 @@ def expand_kernel(
     stride_vab, stride_vat,
     stride_cb, stride_ct, stride_cd,
     stride_gb, stride_gh, stride_gt,
-    length, num_t,
+    length, num_t, num_programs,
     HK: tl.constexpr, D: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PER_ADAPTER: tl.constexpr,
+    K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, KA_ALIGN: tl.constexpr, VA_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-    CHUNK_RK: tl.constexpr, CHUNK_RV: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK_RK: tl.constexpr, CHUNK_RV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One KV head, one block of tokens of one row: reads the base once, writes K and V as the row's adapter sees them."""
+    """One KV head and a run of token blocks of one row: reads the base once, writes K and V as the row's adapter sees them."""
+    stride_kt = aligned(stride_kt, K_ALIGN)
+    stride_kh = aligned(stride_kh, K_ALIGN)
+    stride_kb = aligned(stride_kb, K_ALIGN)
+    stride_vt = aligned(stride_vt, V_ALIGN)
+    stride_vh = aligned(stride_vh, V_ALIGN)
+    stride_vb = aligned(stride_vb, V_ALIGN)
+    stride_kat = aligned(stride_kat, KA_ALIGN)
+    stride_kab = aligned(stride_kab, KA_ALIGN)
+    stride_vat = aligned(stride_vat, VA_ALIGN)
+    stride_vab = aligned(stride_vab, VA_ALIGN)
+    stride_ct = aligned(stride_ct, C_ALIGN)
+    stride_cb = aligned(stride_cb, C_ALIGN)
     # Heads fastest: cos/sin and low-rank entries come from device memory once and from L2 for the other heads.
     i = tl.program_id(0)
     i_h = (i % HK).to(tl.int64)
     i = i // HK
-    i_t = (i % num_t).to(tl.int64)
-    i_b = (i // num_t).to(tl.int64)
-    n = tl.load(INDEX + i_b).to(tl.int64) if INDEX is not None else i_b * 0
+    i_program = i % num_programs
+    i_b = (i // num_programs).to(tl.int64)
+    zero = i_b * 0  # int64: what is added to it is addressed in 64 bits
+    n = tl.load(INDEX + i_b).to(tl.int64) if INDEX is not None else zero
     # A base-model row reads nothing: its low-rank entries may be anything.
     rank_k = tl.where(n >= 0, RK, 0)
     rank_v = tl.where(n >= 0, RV, 0)
     n = tl.maximum(n, 0)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = o_t < length
-    o_out = (i_b * HK + i_h) * length + o_t  # (B, Hk, length, D), contiguous
+    out = (i_b * HK + i_h) * length  # (B, Hk, length, D), contiguous
+    o_p = tl.arange(0, BLOCK_P)
+    o_d = tl.arange(0, BLOCK_D)
+    o_rk = tl.arange(0, CHUNK_RK)
+    o_rv = tl.arange(0, CHUNK_RV)
+    o_1, o_2 = pair_columns(o_p, D, ROTARY, INTERLEAVED)
+    if KA is not None:
+        KA += (n if PER_ADAPTER else i_b) * stride_kab
+        KUP += (n * HK + i_h) * (RK * D)
+        if RK <= CHUNK_RK:
+            m_up = (o_rk < RK)[:, None] & (o_p < D // 2)[None, :]
+            # (r, P) each
+            b_up1 = tl.load(KUP + o_rk[:, None] * D + o_1[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
+            b_up2 = tl.load(KUP + o_rk[:, None] * D + o_2[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
+    if VA is not None:
+        VA += (n if PER_ADAPTER else i_b) * stride_vab
+        VUP += (n * HK + i_h) * (RV * D)
+        if RV <= CHUNK_RV:
+            m_up = (o_rv < RV)[:, None] & (o_d < D)[None, :]
+            # (r, D)
+            b_up = tl.load(VUP + o_rv[:, None] * D + o_d[None, :], mask=m_up, other=0.0).to(OUT_V.dtype.element_ty)
 
-    if OUT_K is not None:
-        o_p = tl.arange(0, BLOCK_P)
-        o_1, o_2 = pair_columns(o_p, D, ROTARY, INTERLEAVED)
-        m_k = inside[:, None] & (o_p < D // 2)[None, :]
-        p_k = K + i_b * stride_kb + i_h * stride_kh + o_t[:, None] * stride_kt
-        # (T, P) each
-        b_k1 = tl.load(p_k + o_1[None, :] * stride_kd, mask=m_k, other=0.0).to(tl.float32)
-        b_k2 = tl.load(p_k + o_2[None, :] * stride_kd, mask=m_k, other=0.0).to(tl.float32)
-        if GAIN is not None:
-            p_g = i_b * stride_gb + i_h * stride_gh + o_t[:, None] * stride_gt
-            b_gain = tl.load(GAIN + p_g, mask=inside[:, None], other=0.0).to(tl.float32)
-            b_k1 = b_k1 * b_gain
-            b_k2 = b_k2 * b_gain
-        if KA is not None:
-            b_d1 = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
-            b_d2 = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
-            for c in tl.static_range(0, RK, CHUNK_RK):
-                o_r = c + tl.arange(0, CHUNK_RK)
+    for i_t in tl.range(i_program * num_t // num_programs, (i_program + 1) * num_t // num_programs, num_stages=STAGES):
+        o_t = (i_t + zero) * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = o_t < length
+        if OUT_K is not None:
+            m_k = inside[:, None] & (o_p < D // 2)[None, :]
+            p_k = K + i_b * stride_kb + i_h * stride_kh + o_t[:, None] * stride_kt
+            # (T, P) each
+            b_k1 = tl.load(p_k + o_1[None, :] * stride_kd, mask=m_k, other=0.0).to(tl.float32)
+            b_k2 = tl.load(p_k + o_2[None, :] * stride_kd, mask=m_k, other=0.0).to(tl.float32)
+            if GAIN is not None:
+                p_g = i_b * stride_gb + i_h * stride_gh + o_t[:, None] * stride_gt
+                b_gain = tl.load(GAIN + p_g, mask=inside[:, None], other=0.0).to(tl.float32)
+                b_k1 = b_k1 * b_gain
+                b_k2 = b_k2 * b_gain
+            if KA is not None:
+                b_d1 = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
+                b_d2 = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
+                for c in tl.static_range(0, RK, CHUNK_RK):
+                    # (T, r)
+                    b_a = tl.load(
+                        KA + o_t[:, None] * stride_kat + (c + o_rk)[None, :],
+                        mask=inside[:, None] & (c + o_rk < rank_k)[None, :], other=0.0,
+                    ).to(OUT_K.dtype.element_ty)  # fmt: skip
+                    if RK > CHUNK_RK:
+                        p_up = KUP + (c + o_rk)[:, None] * D
+                        m_up = (c + o_rk < RK)[:, None] & (o_p < D // 2)[None, :]
+                        # (r, P) each
+                        b_up1 = tl.load(p_up + o_1[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
+                        b_up2 = tl.load(p_up + o_2[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
+                    b_d1 = tl.dot(b_a, b_up1, b_d1, input_precision=PRECISION)
+                    b_d2 = tl.dot(b_a, b_up2, b_d2, input_precision=PRECISION)
+                if COS is not None:
+                    p_c = i_b * stride_cb + o_t[:, None] * stride_ct + o_p[None, :] * stride_cd
+                    m_c = inside[:, None] & (o_p < ROTARY // 2)[None, :]
+                    b_cos = tl.load(COS + p_c, mask=m_c, other=0.0).to(tl.float32)
+                    b_sin = tl.load(SIN + p_c, mask=m_c, other=0.0).to(tl.float32)
+                    if ROTARY < D:
+                        b_cos = tl.where((o_p < ROTARY // 2)[None, :], b_cos, 1.0)  # angle 0
+                    b_e1 = b_d1 * b_cos - b_d2 * b_sin
+                    b_e2 = b_d2 * b_cos + b_d1 * b_sin
+                else:
+                    b_e1 = b_d1
+                    b_e2 = b_d2
+                if GAIN is not None:
+                    b_dgain = tl.load(DELTA_GAIN + p_g, mask=inside[:, None], other=0.0).to(tl.float32)
+                    b_e1 = b_e1 * b_dgain
+                    b_e2 = b_e2 * b_dgain
+                b_k1 = b_k1 + b_e1
+                b_k2 = b_k2 + b_e2
+            p_o = OUT_K + (out + o_t)[:, None] * D
+            tl.store(p_o + o_1[None, :], b_k1.to(OUT_K.dtype.element_ty), mask=m_k)
+            tl.store(p_o + o_2[None, :], b_k2.to(OUT_K.dtype.element_ty), mask=m_k)
+
+        if OUT_V is not None:
+            m_v = inside[:, None] & (o_d < D)[None, :]
+            p_v = V + i_b * stride_vb + i_h * stride_vh + o_t[:, None] * stride_vt + o_d[None, :] * stride_vd
+            # (T, D)
+            b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
+            for c in tl.static_range(0, RV, CHUNK_RV):
                 # (T, r)
                 b_a = tl.load(
-                    KA + (n if PER_ADAPTER else i_b) * stride_kab + o_t[:, None] * stride_kat + o_r[None, :],
-                    mask=inside[:, None] & (o_r < rank_k)[None, :], other=0.0,
-                ).to(OUT_K.dtype.element_ty)  # fmt: skip
-                p_up = KUP + (n * HK + i_h) * (RK * D) + o_r[:, None] * D
-                m_up = (o_r < RK)[:, None] & (o_p < D // 2)[None, :]
-                # (r, P) each
-                b_up1 = tl.load(p_up + o_1[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
-                b_up2 = tl.load(p_up + o_2[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
-                b_d1 = tl.dot(b_a, b_up1, b_d1, input_precision=PRECISION)
-                b_d2 = tl.dot(b_a, b_up2, b_d2, input_precision=PRECISION)
-            if COS is not None:
-                p_c = i_b * stride_cb + o_t[:, None] * stride_ct + o_p[None, :] * stride_cd
-                m_c = inside[:, None] & (o_p < ROTARY // 2)[None, :]
-                b_cos = tl.load(COS + p_c, mask=m_c, other=1.0).to(tl.float32)
-                b_sin = tl.load(SIN + p_c, mask=m_c, other=0.0).to(tl.float32)
-                b_e1 = b_d1 * b_cos - b_d2 * b_sin
-                b_e2 = b_d2 * b_cos + b_d1 * b_sin
-            else:
-                b_e1 = b_d1
-                b_e2 = b_d2
-            if GAIN is not None:
-                b_dgain = tl.load(DELTA_GAIN + p_g, mask=inside[:, None], other=0.0).to(tl.float32)
-                b_e1 = b_e1 * b_dgain
-                b_e2 = b_e2 * b_dgain
-            b_k1 = b_k1 + b_e1
-            b_k2 = b_k2 + b_e2
-        tl.store(OUT_K + o_out[:, None] * D + o_1[None, :], b_k1.to(OUT_K.dtype.element_ty), mask=m_k)
-        tl.store(OUT_K + o_out[:, None] * D + o_2[None, :], b_k2.to(OUT_K.dtype.element_ty), mask=m_k)
-
-    if OUT_V is not None:
-        o_d = tl.arange(0, BLOCK_D)
-        m_v = inside[:, None] & (o_d < D)[None, :]
-        p_v = V + i_b * stride_vb + i_h * stride_vh + o_t[:, None] * stride_vt + o_d[None, :] * stride_vd
-        # (T, D)
-        b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
-        for c in tl.static_range(0, RV, CHUNK_RV):
-            o_r = c + tl.arange(0, CHUNK_RV)
-            # (T, r)
-            b_a = tl.load(
-                VA + (n if PER_ADAPTER else i_b) * stride_vab + o_t[:, None] * stride_vat + o_r[None, :],
-                mask=inside[:, None] & (o_r < rank_v)[None, :], other=0.0,
-            ).to(OUT_V.dtype.element_ty)  # fmt: skip
-            # (r, D)
-            b_up = tl.load(
-                VUP + (n * HK + i_h) * (RV * D) + o_r[:, None] * D + o_d[None, :],
-                mask=(o_r < RV)[:, None] & (o_d < D)[None, :], other=0.0,
-            ).to(OUT_V.dtype.element_ty)  # fmt: skip
-            b_v = tl.dot(b_a, b_up, b_v, input_precision=PRECISION)
-        tl.store(OUT_V + o_out[:, None] * D + o_d[None, :], b_v.to(OUT_V.dtype.element_ty), mask=m_v)
+                    VA + o_t[:, None] * stride_vat + (c + o_rv)[None, :],
+                    mask=inside[:, None] & (c + o_rv < rank_v)[None, :], other=0.0,
+                ).to(OUT_V.dtype.element_ty)  # fmt: skip
+                if RV > CHUNK_RV:
+                    m_up = (c + o_rv < RV)[:, None] & (o_d < D)[None, :]
+                    # (r, D)
+                    b_up = tl.load(VUP + (c + o_rv)[:, None] * D + o_d[None, :], mask=m_up, other=0.0).to(
+                        OUT_V.dtype.element_ty
+                    )
+                b_v = tl.dot(b_a, b_up, b_v, input_precision=PRECISION)
+            tl.store(OUT_V + (out + o_t)[:, None] * D + o_d[None, :], b_v.to(OUT_V.dtype.element_ty), mask=m_v)
 
 
-def expand(x: Inputs, length: int, config: ExpandConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def expand(x: Inputs, length: int, config: ExpandConfig, with_value: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the first ``length`` tokens as each row's adapter sees them.
+
+    Args:
+        with_value: False leaves the values as they are.
 
     Returns:
         key, value (B, Hk, length, D): contiguous and new where there is something to expand, else a view of the base.
@@ -132,38 +170,44 @@ def expand(x: Inputs, length: int, config: ExpandConfig) -> tuple[torch.Tensor, 
     out_k = out_v = None
     if x.key_low_rank is not None or x.key_gain is not None:
         out_k = torch.empty(shape, dtype=x.query.dtype, device=x.query.device)
-    if x.value_low_rank is not None:
+    if x.value_low_rank is not None and with_value:
         out_v = torch.empty(shape, dtype=x.query.dtype, device=x.query.device)
     if (out_k is not None or out_v is not None) and length and x.B:
         num_t = triton.cdiv(length, config.block_t)
+        num_programs = max(1, min(num_t, num_sms(x.query.device) * config.programs_per_sm // (x.B * x.Hk)))
+        value_low_rank = x.value_low_rank if with_value else None
 
         def strides(tensor: torch.Tensor | None, n: int) -> tuple[int, ...]:
             return (0,) * n if tensor is None else tensor.stride()[:n]
 
-        expand_kernel[(x.Hk * num_t * x.B,)](
-            x.key, x.value, x.key_low_rank, x.key_up, x.value_low_rank, x.value_up, x.adapter_index, x.cos, x.sin,
+        expand_kernel[(x.Hk * num_programs * x.B,)](
+            x.key, x.value, x.key_low_rank, x.key_up, value_low_rank, x.value_up, x.adapter_index, x.cos, x.sin,
             x.key_gain, x.key_delta_gain, out_k, out_v,
-            *x.key.stride(), *x.value.stride(), *strides(x.key_low_rank, 2), *strides(x.value_low_rank, 2),
-            *strides(x.cos, 3), *strides(x.key_gain, 3), length, num_t,
+            *x.key.stride(), *x.value.stride(), *strides(x.key_low_rank, 2), *strides(value_low_rank, 2),
+            *strides(x.cos, 3), *strides(x.key_gain, 3), length, num_t, num_programs,
             HK=x.Hk, D=x.D, RK=x.rk, RV=x.rv, ROTARY=x.rotary_dim, INTERLEAVED=x.rotary_interleaved,
             PER_ADAPTER=x.low_rank_per_adapter and x.adapter_index is not None,
+            **alignments(x),
             BLOCK_T=config.block_t, BLOCK_D=max(16, triton.next_power_of_2(x.D)),
             BLOCK_P=max(16, triton.next_power_of_2(x.D // 2)),
             CHUNK_RK=min(64, max(16, triton.next_power_of_2(x.rk))),
             CHUNK_RV=min(64, max(16, triton.next_power_of_2(x.rv))),
-            PRECISION="ieee", num_warps=config.num_warps,
+            # Above a rank of 64 the up-projections are read within the loop, and pipelined would not fit into shared memory.
+            PRECISION="ieee", STAGES=config.num_stages if max(x.rk, x.rv) <= 64 else 1, num_warps=config.num_warps,
         )  # fmt: skip
     return (key if out_k is None else out_k), (value if out_v is None else out_v)
 
 
-def without_low_rank(x: Inputs, length: int, config: ExpandConfig) -> Inputs:
-    """The same attention over expanded keys and values, for the kernels that are better at it without low-rank parts."""
-    key, value = expand(x, length, config)
-    return x.replace(
-        key=key, value=value, key_low_rank=None, key_up=None, value_low_rank=None, value_up=None, adapter_index=None,
-        cos=None, sin=None, key_gain=None, key_delta_gain=None,
+def expanded(x: Inputs, length: int, config: ExpandConfig, with_value: bool = True) -> Inputs:
+    """The same attention over expanded keys (and values): for tiles of queries that would expand the same keys each."""
+    key, value = expand(x, length, config, with_value)
+    x = x.replace(
+        key=key, value=value, key_low_rank=None, key_up=None, cos=None, sin=None, key_gain=None, key_delta_gain=None,
         attention_mask=None if x.attention_mask is None else x.attention_mask[..., :length],
     )  # fmt: skip
+    if with_value or x.value_low_rank is None:
+        return x.replace(value_low_rank=None, value_up=None, adapter_index=None)
+    return x.replace(value_low_rank=x.value_low_rank[:, :length])
 
 
 def sdpa_can_express(x: Inputs) -> bool:

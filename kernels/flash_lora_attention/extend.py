@@ -10,124 +10,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from .inputs import Inputs, launch
-from .merge_kernel import merge_partials
-from .tiles import LOG2_E, log2_scores, pair_columns, visible_range
+from .merge_kernel import launches_dependents, merge_partials
+from .tiles import LOG2_E, aligned, log2_softcap, pair_columns, visible_range
 from .tuning import ExtendConfig, num_sms
 
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _tiles(
-    b_o, b_pa, b_max, b_sum, b_q, b_q1, b_q2, b_up1, b_up2,
-    K, V, KA, VA, COS, SIN, GAIN, DELTA_GAIN, p_mask, o_1, o_2, first, last, begin, end,
-    stride_kt, stride_kd, stride_vt, stride_vd, stride_kat, stride_vat, stride_ct, stride_cd, stride_gt, stride_mt,
-    scale, softcap, rank_k, rank_v, zero,
-    D: tl.constexpr, ROTARY: tl.constexpr,
-    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FLOAT_MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_RK: tl.constexpr, BLOCK_RV: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The running softmax over the key tiles of [begin, end); without MASKED every query sees every one of them."""
-    dtype = b_q.dtype
-    o_n = tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        o_t = start + o_n
-        inside = o_t < end
-        t = start + zero
-        p_k = K + t * stride_kt
-        if KA is None:
-            # (D, N)
-            b_k = tl.load(
-                p_k + o_d[:, None] * stride_kd + o_n[None, :] * stride_kt,
-                mask=(o_d < D)[:, None] & inside[None, :], other=0.0,
-            ).to(dtype)  # fmt: skip
-            b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # (M, N)
-            if GAIN is not None:
-                b_s = b_s * tl.load(GAIN + o_t.to(tl.int64) * stride_gt, mask=inside, other=0.0).to(tl.float32)[None, :]
-        else:
-            o_p = tl.arange(0, BLOCK_P)
-            o_rk = tl.arange(0, BLOCK_RK)
-            m_k = inside[:, None] & (o_p < D // 2)[None, :]
-            # (N, P) each: the columns of the rotary pairs
-            b_k1 = tl.load(p_k + o_n[:, None] * stride_kt + o_1[None, :] * stride_kd, mask=m_k, other=0.0).to(
-                tl.float32
-            )
-            b_k2 = tl.load(p_k + o_n[:, None] * stride_kt + o_2[None, :] * stride_kd, mask=m_k, other=0.0).to(
-                tl.float32
-            )
-            # (N, r)
-            b_a = tl.load(
-                KA + t * stride_kat + o_n[:, None] * stride_kat + o_rk[None, :],
-                mask=inside[:, None] & (o_rk < rank_k)[None, :], other=0.0,
-            ).to(dtype)  # fmt: skip
-            b_d1 = tl.dot(b_a, b_up1, input_precision=PRECISION)
-            b_d2 = tl.dot(b_a, b_up2, input_precision=PRECISION)
-            if COS is not None:
-                o_c = t * stride_ct + o_n[:, None] * stride_ct + o_p[None, :] * stride_cd
-                m_c = inside[:, None] & (o_p < ROTARY // 2)[None, :]
-                b_cos = tl.load(COS + o_c, mask=m_c, other=0.0).to(tl.float32)
-                b_sin = tl.load(SIN + o_c, mask=m_c, other=0.0).to(tl.float32)
-                if ROTARY < D:
-                    # Columns that are not rotated have angle 0.
-                    b_cos = tl.where((o_p < ROTARY // 2)[None, :], b_cos, 1.0)
-                b_e1 = b_d1 * b_cos - b_d2 * b_sin
-                b_e2 = b_d2 * b_cos + b_d1 * b_sin
-            else:
-                b_e1 = b_d1
-                b_e2 = b_d2
-            if GAIN is not None:
-                o_g = o_t.to(tl.int64) * stride_gt
-                b_gain = tl.load(GAIN + o_g, mask=inside, other=0.0).to(tl.float32)[:, None]
-                b_dgain = tl.load(DELTA_GAIN + o_g, mask=inside, other=0.0).to(tl.float32)[:, None]
-                b_k1 = b_k1 * b_gain + b_e1 * b_dgain
-                b_k2 = b_k2 * b_gain + b_e2 * b_dgain
-            else:
-                b_k1 = b_k1 + b_e1
-                b_k2 = b_k2 + b_e2
-            b_s = tl.dot(b_q1, tl.trans(b_k1.to(dtype)), input_precision=PRECISION)  # (M, N)
-            b_s = tl.dot(b_q2, tl.trans(b_k2.to(dtype)), b_s, input_precision=PRECISION)
-
-        b_s = log2_scores(b_s, scale, softcap, HAS_SOFTCAP)
-        if MASKED:
-            seen = o_t[None, :] <= tl.minimum(last, end - 1)[:, None]
-            if HAS_WINDOW:
-                seen = seen & (o_t[None, :] >= first[:, None])
-            if p_mask is not None:
-                b_m = tl.load(p_mask[:, None] + o_t.to(tl.int64)[None, :] * stride_mt, mask=seen, other=0)
-                if FLOAT_MASK:
-                    b_s += b_m.to(tl.float32) * LOG2_E
-                else:
-                    seen = seen & (b_m != 0)
-            b_s = tl.where(seen, b_s, float("-inf"))
-            b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-            b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
-        else:
-            b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-            b_ref = b_new
-        b_p = tl.exp2(b_s - b_ref[:, None])
-        b_scale = tl.exp2(b_max - b_ref)
-        b_max = b_new
-        b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
-        b_p = b_p.to(dtype)
-        # (N, D)
-        b_v = tl.load(
-            V + t * stride_vt + o_n[:, None] * stride_vt + o_d[None, :] * stride_vd,
-            mask=inside[:, None] & (o_d < D)[None, :], other=0.0,
-        ).to(dtype)  # fmt: skip
-        b_o = tl.dot(b_p, b_v, b_o * b_scale[:, None], input_precision=PRECISION)
-        if VA is not None:
-            o_rv = tl.arange(0, BLOCK_RV)
-            # (N, r)
-            b_a = tl.load(
-                VA + t * stride_vat + o_n[:, None] * stride_vat + o_rv[None, :],
-                mask=inside[:, None] & (o_rv < rank_v)[None, :], other=0.0,
-            ).to(dtype)  # fmt: skip
-            b_pa = tl.dot(b_p, b_a, b_pa * b_scale[:, None], input_precision=PRECISION)
-    return b_o, b_pa, b_max, b_sum
 
 
 @triton.jit(do_not_specialize=["B", "S", "T", "key_length", "window", "num_m", "num_splits"])
@@ -145,11 +35,26 @@ def extend_kernel(
     B, S, T, key_length, scale, softcap, window, num_m, num_splits,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, FLOAT_MASK: tl.constexpr, PER_ADAPTER: tl.constexpr, PARTIAL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, FLOAT_MASK: tl.constexpr, PER_ADAPTER: tl.constexpr,
+    K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, KA_ALIGN: tl.constexpr, VA_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
+    C_WIDTH: tl.constexpr, PARTIAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_RK: tl.constexpr, BLOCK_RV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_RK: tl.constexpr, BLOCK_RV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """One KV head, one block of its queries, one range of keys; arguments as in ``Inputs``, strides in elements."""
+    dtype = Q.dtype.element_ty
+    stride_kt = aligned(stride_kt, K_ALIGN)
+    stride_kh = aligned(stride_kh, K_ALIGN)
+    stride_kb = aligned(stride_kb, K_ALIGN)
+    stride_vt = aligned(stride_vt, V_ALIGN)
+    stride_vh = aligned(stride_vh, V_ALIGN)
+    stride_vb = aligned(stride_vb, V_ALIGN)
+    stride_kat = aligned(stride_kat, KA_ALIGN)
+    stride_kab = aligned(stride_kab, KA_ALIGN)
+    stride_vat = aligned(stride_vat, VA_ALIGN)
+    stride_vab = aligned(stride_vab, VA_ALIGN)
+    stride_ct = aligned(stride_ct, C_ALIGN)
+    stride_cb = aligned(stride_cb, C_ALIGN)
     i = tl.program_id(0)
     i_h = (i % HK).to(tl.int64)
     i = i // HK
@@ -181,6 +86,7 @@ def extend_kernel(
         seen_by_all = tl.min(tl.where(valid, last, T), axis=0) + 1
         middle = tl.maximum(begin, tl.minimum(end, seen_by_all) // BLOCK_N * BLOCK_N)
 
+    o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     p_q = Q + i_b * stride_qb + o_hq * stride_qh + o_s.to(tl.int64) * stride_qs  # (M,)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -199,17 +105,12 @@ def extend_kernel(
     if COS is not None:
         COS += i_b * stride_cb
         SIN += i_b * stride_cb
-    p_mask = None
     if MASK is not None:
         p_mask = MASK + i_b * stride_mb + o_hq * stride_mh + o_s.to(tl.int64) * stride_ms
     # (M, D)
     b_q = tl.load(p_q[:, None] + o_d[None, :] * stride_qd, mask=valid[:, None] & (o_d < D)[None, :], other=0.0)
     o_p = tl.arange(0, BLOCK_P)
     o_1, o_2 = pair_columns(o_p, D, ROTARY, INTERLEAVED)
-    b_q1 = None
-    b_q2 = None
-    b_up1 = None
-    b_up2 = None
     if KA is not None:
         KA += (n if PER_ADAPTER else i_b) * stride_kab
         pair = o_p < D // 2
@@ -219,37 +120,124 @@ def extend_kernel(
         o_rk = tl.arange(0, BLOCK_RK)
         p_up = KUP + (n * HK + i_h) * (RK * D) + o_rk[:, None] * D
         # (r, P) each
-        b_up1 = tl.load(p_up + o_1[None, :], mask=(o_rk < RK)[:, None] & pair[None, :], other=0.0).to(b_q.dtype)
-        b_up2 = tl.load(p_up + o_2[None, :], mask=(o_rk < RK)[:, None] & pair[None, :], other=0.0).to(b_q.dtype)
-    b_pa = b_sum  # stands for nothing: a device function can't return None
+        b_up1 = tl.load(p_up + o_1[None, :], mask=(o_rk < RK)[:, None] & pair[None, :], other=0.0).to(dtype)
+        b_up2 = tl.load(p_up + o_2[None, :], mask=(o_rk < RK)[:, None] & pair[None, :], other=0.0).to(dtype)
     if VA is not None:
         VA += (n if PER_ADAPTER else i_b) * stride_vab
+        o_rv = tl.arange(0, BLOCK_RV)
         b_pa = tl.zeros([BLOCK_M, BLOCK_RV], tl.float32)
 
-    for phase in tl.static_range(2):
-        b_o, b_pa, b_max, b_sum = _tiles(
-            b_o, b_pa, b_max, b_sum, b_q, b_q1, b_q2, b_up1, b_up2,
-            K, V, KA, VA, COS, SIN, GAIN, DELTA_GAIN, p_mask, o_1, o_2, first, last,
-            begin if phase == 0 else middle, middle if phase == 0 else end,
-            stride_kt, stride_kd, stride_vt, stride_vd, stride_kat, stride_vat, stride_ct, stride_cd, stride_gt, stride_mt,
-            scale, softcap, rank_k, rank_v, zero,
-            D, ROTARY, phase == 1, HAS_WINDOW, HAS_SOFTCAP, FLOAT_MASK,
-            BLOCK_N, BLOCK_D, BLOCK_P, BLOCK_RK, BLOCK_RV, PRECISION, STAGES,
-        )  # fmt: skip
+    if WAIT:
+        gdc_wait()  # for expanded keys, which the kernel before writes
+    # One loop, in which few tiles are masked: with a second one for them ptxas serialises the wgmma instructions of both (C7515),
+    # and products in a loop without asynchronous copies, or unrolled after it, came out wrong on Hopper (Triton 3.6).
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        o_t = start + o_n
+        inside = o_t < end
+        t = start + zero
+        p_k = K + t * stride_kt
+        if KA is None:
+            # (D, N)
+            b_k = tl.load(
+                p_k + o_d[:, None] * stride_kd + o_n[None, :] * stride_kt,
+                mask=(o_d < D)[:, None] & inside[None, :], other=0.0,
+            ).to(dtype)  # fmt: skip
+            b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # (M, N)
+            if GAIN is not None:
+                b_s = b_s * tl.load(GAIN + o_t.to(tl.int64) * stride_gt, mask=inside, other=0.0).to(tl.float32)[None, :]
+        else:
+            m_k = inside[:, None] & (o_p < D // 2)[None, :]
+            # (N, P) each: the columns of the rotary pairs
+            b_k1 = tl.load(p_k + o_n[:, None] * stride_kt + o_1[None, :] * stride_kd, mask=m_k, other=0.0).to(
+                tl.float32
+            )
+            b_k2 = tl.load(p_k + o_n[:, None] * stride_kt + o_2[None, :] * stride_kd, mask=m_k, other=0.0).to(
+                tl.float32
+            )
+            # (N, r)
+            b_a = tl.load(
+                KA + t * stride_kat + o_n[:, None] * stride_kat + o_rk[None, :],
+                mask=inside[:, None] & (o_rk < rank_k)[None, :], other=0.0,
+            ).to(dtype)  # fmt: skip
+            b_d1 = tl.dot(b_a, b_up1, input_precision=PRECISION)
+            b_d2 = tl.dot(b_a, b_up2, input_precision=PRECISION)
+            if COS is not None:
+                o_c = t * stride_ct + o_n[:, None] * stride_ct + o_p[None, :] * stride_cd
+                m_c = inside[:, None] & (o_p < C_WIDTH)[None, :]
+                b_cos = tl.load(COS + o_c, mask=m_c, other=0.0).to(tl.float32)
+                b_sin = tl.load(SIN + o_c, mask=m_c, other=0.0).to(tl.float32)
+                if ROTARY < D:
+                    # Columns that are not rotated have angle 0.
+                    b_cos = tl.where((o_p < ROTARY // 2)[None, :], b_cos, 1.0)
+                b_e1 = b_d1 * b_cos - b_d2 * b_sin
+                b_e2 = b_d2 * b_cos + b_d1 * b_sin
+            else:
+                b_e1 = b_d1
+                b_e2 = b_d2
+            if GAIN is not None:
+                o_g = o_t.to(tl.int64) * stride_gt
+                b_gain = tl.load(GAIN + o_g, mask=inside, other=0.0).to(tl.float32)[:, None]
+                b_dgain = tl.load(DELTA_GAIN + o_g, mask=inside, other=0.0).to(tl.float32)[:, None]
+                b_k1 = b_k1 * b_gain + b_e1 * b_dgain
+                b_k2 = b_k2 * b_gain + b_e2 * b_dgain
+            else:
+                b_k1 = b_k1 + b_e1
+                b_k2 = b_k2 + b_e2
+            b_s = tl.dot(b_q1, tl.trans(b_k1.to(dtype)), input_precision=PRECISION)  # (M, N)
+            b_s = tl.dot(b_q2, tl.trans(b_k2.to(dtype)), b_s, input_precision=PRECISION)
+
+        b_s = b_s * (scale * LOG2_E)
+        if HAS_SOFTCAP:
+            b_s = log2_softcap(b_s, softcap)
+        if start >= middle:
+            seen = o_t[None, :] <= tl.minimum(last, end - 1)[:, None]
+            if HAS_WINDOW:
+                seen = seen & (o_t[None, :] >= first[:, None])
+            if MASK is not None:
+                b_m = tl.load(p_mask[:, None] + o_t.to(tl.int64)[None, :] * stride_mt, mask=seen, other=0)
+                if FLOAT_MASK:
+                    b_s += b_m.to(tl.float32) * LOG2_E
+                else:
+                    seen = seen & (b_m != 0)
+            b_s = tl.where(seen, b_s, float("-inf"))
+
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+        b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen yet: exp2(-inf - 0), not -inf - -inf
+        b_p = tl.exp2(b_s - b_ref[:, None])
+        b_scale = tl.exp2(b_max - b_ref)
+        b_max = b_new
+        b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
+        b_p = b_p.to(dtype)
+        # Both accumulators are scaled before the first of the two products starts: between them they must not be touched.
+        b_o = b_o * b_scale[:, None]
+        if VA is not None:
+            b_pa = b_pa * b_scale[:, None]
+        # (N, D)
+        b_v = tl.load(
+            V + t * stride_vt + o_n[:, None] * stride_vt + o_d[None, :] * stride_vd,
+            mask=inside[:, None] & (o_d < D)[None, :], other=0.0,
+        ).to(dtype)  # fmt: skip
+        b_o = tl.dot(b_p, b_v, b_o, input_precision=PRECISION)
+        if VA is not None:
+            # (N, r)
+            b_a = tl.load(
+                VA + t * stride_vat + o_n[:, None] * stride_vat + o_rv[None, :],
+                mask=inside[:, None] & (o_rv < rank_v)[None, :], other=0.0,
+            ).to(dtype)  # fmt: skip
+            b_pa = tl.dot(b_p, b_a, b_pa, input_precision=PRECISION)
 
     b_div = tl.where(b_sum > 0.0, b_sum, 1.0)
     b_o = b_o / b_div[:, None]
     if VA is not None:
-        o_rv = tl.arange(0, BLOCK_RV)
         # (r, D)
         p_up = VUP + (n * HK + i_h) * (RV * D) + o_rv[:, None] * D + o_d[None, :]
-        b_up = tl.load(p_up, mask=(o_rv < RV)[:, None] & (o_d < D)[None, :], other=0.0).to(b_q.dtype)
+        b_up = tl.load(p_up, mask=(o_rv < RV)[:, None] & (o_d < D)[None, :], other=0.0).to(dtype)
         # In two parts where dtype is 16 bits wide: with a small rank one rounding of P a_v would show in all columns.
         b_pa = b_pa / b_div[:, None]
-        b_high = b_pa.to(b_q.dtype)
+        b_high = b_pa.to(dtype)
         b_o = tl.dot(b_high, b_up, b_o, input_precision=PRECISION)
-        if b_q.dtype != tl.float32:
-            b_o = tl.dot((b_pa - b_high.to(tl.float32)).to(b_q.dtype), b_up, b_o, input_precision=PRECISION)
+        if dtype != tl.float32:
+            b_o = tl.dot((b_pa - b_high.to(tl.float32)).to(dtype), b_up, b_o, input_precision=PRECISION)
     b_lse = tl.where(b_sum > 0.0, b_max * LN_2 + tl.log(b_div), float("-inf"))
     if not PARTIAL and SINKS is not None:
         b_sink = tl.load(SINKS + o_hq).to(tl.float32)
@@ -264,22 +252,8 @@ def extend_kernel(
         tl.store(LSE + o_out, b_lse, mask=valid)
 
 
-def fusable(x: Inputs) -> bool:
-    """Whether the low-rank entries of the keys can be copied asynchronously, in rows of whole 16 bytes.
-
-    Where they can't (r = 3, say), Triton 3.6 reads them inside the pipelined loop and gives wrong results on Hopper:
-    such keys are to be expanded first.
-    """
-    low_rank = x.key_low_rank
-    if low_rank is None:
-        return True
-    whole = 16 // low_rank.element_size()
-    strides = (x.rk, *low_rank.stride()[:2])
-    return low_rank.data_ptr() % 16 == 0 and all(s % whole == 0 for s in strides)
-
-
 def extend_attention(
-    x: Inputs, config: ExtendConfig, num_splits: int | None = None
+    x: Inputs, config: ExtendConfig, num_splits: int | None = None, after_expansion: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a block of queries over the split cache, or over ready-made keys and values.
 
@@ -287,6 +261,8 @@ def extend_attention(
         x: the checked and normalised arguments.
         config: tile sizes; from ``tuning.extend_config``.
         num_splits: parts that the keys are split into; absent: as many as fill the device.
+        after_expansion: the kernel queued last writes the keys (or values), and nothing else that is read here; this one is
+            launched while it still runs, and waits for it on the device.
 
     Returns:
         out (B, Hq, S, D) in the dtype of the query, lse (B, Hq, S) float32.
@@ -301,6 +277,7 @@ def extend_attention(
     out = torch.empty((*shape, x.D), dtype=torch.float32 if partial else x.query.dtype, device=x.query.device)
     lse = torch.empty(shape, dtype=torch.float32, device=x.query.device)
     block_rk, block_rv = (max(16, triton.next_power_of_2(r)) for r in (x.rk, x.rv))
+    dependent = after_expansion and launches_dependents(x.query.device)
     launch(
         extend_kernel,
         (programs * num_splits,),
@@ -308,8 +285,9 @@ def extend_attention(
         out,
         lse,
         dict(num_m=num_m, num_splits=num_splits),
-        dict(PARTIAL=partial, BLOCK_M=config.block_m, BLOCK_RK=block_rk, BLOCK_RV=block_rv),
+        dict(PARTIAL=partial, BLOCK_M=config.block_m, BLOCK_RK=block_rk, BLOCK_RV=block_rv, WAIT=dependent),
         config,
+        **({"launch_pdl": True} if dependent else {}),
     )
     if partial:
         return merge_partials(out, lse, x.query.dtype, x.sinks)

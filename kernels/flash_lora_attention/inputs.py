@@ -7,9 +7,11 @@ dimension. It decides nothing: which kernel runs is the business of ``interface.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 from triton.runtime.errors import OutOfResources
 
@@ -74,6 +76,21 @@ def _shared(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.as_strided(tensor.shape, (0, *tensor.stride()[1:]))
 
 
+def _whole_words(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, if its rows consist of whole 4-byte words in place, else a copy of which that is true.
+
+    An odd number of 16-bit entries per row gets one more, a zero.
+    """
+    word = 4 // tensor.element_size() or 1
+    if tensor.shape[-1] % word:
+        return F.pad(tensor, (0, 1))
+    if tensor.stride(-1) == 1 and tensor.data_ptr() % 4 == 0 and not any(s % word for s in tensor.stride()[:-1]):
+        return tensor
+    shared = tensor.stride(0) == 0
+    copy = (tensor[:1] if shared else tensor).clone(memory_format=torch.contiguous_format)
+    return copy.expand(tensor.shape) if shared else copy
+
+
 def prepare(
     problem: Problem,
     query: torch.Tensor,
@@ -98,20 +115,29 @@ def prepare(
     sinks: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
 ) -> Inputs:
-    """Normalise arguments that ``check_arguments`` has passed; see :class:`Inputs`."""
+    """Normalise arguments that ``check_arguments`` has passed; see :class:`Inputs`.
+
+    Whatever a kernel multiplies tile by tile must be copied to shared memory asynchronously, which takes rows of whole 4-byte
+    words. Where a tile goes through registers instead (an odd rank in 16 bits, say), kernels compiled by Triton 3.6 for Hopper
+    gave wrong results and illegal addresses, though its intermediate code reads right. So what isn't made of whole words is
+    copied here first: odd ranks and rotary widths, views that start at an odd entry or whose last dimension has a stride.
+    """
+    key, value = _whole_words(key), _whole_words(value)
     B, Hq, S, D = query.shape
 
-    def up(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.reshape(-1, *tensor.shape[-3:]).contiguous()
+    def pair(low_rank: torch.Tensor | None, up: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if low_rank is None or up is None:
+            return None, None
+        low_rank, up = _whole_words(low_rank), up.reshape(-1, *up.shape[-3:]).contiguous()
+        if low_rank.shape[-1] > up.shape[2]:
+            up = F.pad(up, (0, 0, 0, 1))
+        return low_rank if low_rank_per_adapter and adapter_index is not None else _shared(low_rank), up
 
-    def low_rank(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-        return tensor if low_rank_per_adapter and adapter_index is not None else _shared(tensor)
-
+    key_low_rank, key_up = pair(key_low_rank, key_up)
+    value_low_rank, value_up = pair(value_low_rank, value_up)
     if cos is not None and sin is not None and key_low_rank is not None:
         cos, sin = (half_width(t, problem.rotary_dim, rotary_interleaved) for t in (cos, sin))
+        cos, sin = _whole_words(cos), _whole_words(sin)
         if cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
         cos, sin = _shared(cos), _shared(sin)
@@ -137,10 +163,10 @@ def prepare(
         query=query,
         key=key,
         value=value,
-        key_low_rank=low_rank(key_low_rank),
-        key_up=up(key_up),
-        value_low_rank=low_rank(value_low_rank),
-        value_up=up(value_up),
+        key_low_rank=key_low_rank,
+        key_up=key_up,
+        value_low_rank=value_low_rank,
+        value_up=value_up,
         adapter_index=None if adapter_index is None else adapter_index.contiguous(),
         low_rank_per_adapter=low_rank_per_adapter,
         cos=cos,
@@ -159,11 +185,26 @@ def prepare(
     )
 
 
+def alignment(tensor: torch.Tensor | None) -> int:
+    """Power of two, at most 16, that divides the strides of a tensor's rows, in elements."""
+    return 16 if tensor is None else math.gcd(16, *tensor.stride()[:-1])
+
+
+def alignments(x: Inputs) -> dict[str, int]:
+    """Compile-time arguments of all kernels; see ``tiles.aligned``."""
+    return dict(
+        K_ALIGN=alignment(x.key), V_ALIGN=alignment(x.value), KA_ALIGN=alignment(x.key_low_rank),
+        VA_ALIGN=alignment(x.value_low_rank), C_ALIGN=alignment(x.cos),
+    )  # fmt: skip
+
+
 # Tiles that fitted into shared memory, by kernel and compile-time arguments: found once, not at every call.
 _fitting: dict[tuple, tuple[int, int]] = {}
 
 
-def launch(kernel, grid, x: Inputs, out: torch.Tensor, lse: torch.Tensor, runtime: dict, meta: dict, config) -> None:
+def launch(
+    kernel, grid, x: Inputs, out: torch.Tensor, lse: torch.Tensor, runtime: dict, meta: dict, config, **options
+) -> None:
     """Launch an attention kernel on all arguments, with smaller tiles where the configured ones do not fit the device.
 
     Args:
@@ -171,6 +212,7 @@ def launch(kernel, grid, x: Inputs, out: torch.Tensor, lse: torch.Tensor, runtim
         x: arguments. out, lse: contiguous outputs, with a leading split dimension.
         runtime, meta: further run-time and compile-time arguments by name.
         config: with ``block_n``, ``num_stages``, ``num_warps`` and ``precision``.
+        options: further launch options of Triton.
     """
 
     def strides(tensor: torch.Tensor | None, n: int) -> tuple[int, ...]:
@@ -189,6 +231,7 @@ def launch(kernel, grid, x: Inputs, out: torch.Tensor, lse: torch.Tensor, runtim
         IS_CAUSAL=x.is_causal, HAS_WINDOW=x.sliding_window is not None, HAS_SOFTCAP=x.softcap is not None,
         FLOAT_MASK=x.attention_mask is not None and x.attention_mask.is_floating_point(),
         PER_ADAPTER=x.low_rank_per_adapter and x.adapter_index is not None,
+        C_WIDTH=0 if x.cos is None else x.cos.shape[-1], **alignments(x),
         BLOCK_D=max(16, triton.next_power_of_2(x.D)), BLOCK_P=max(16, triton.next_power_of_2(x.D // 2)),
         PRECISION=config.precision if x.query.dtype == torch.float32 else "ieee",
         **meta,
@@ -200,7 +243,7 @@ def launch(kernel, grid, x: Inputs, out: torch.Tensor, lse: torch.Tensor, runtim
         try:
             kernel[grid](
                 *arguments, **runtime, **meta, BLOCK_N=block_n, STAGES=stages, num_warps=config.num_warps,
-                num_stages=stages,
+                num_stages=stages, **options,
             )  # fmt: skip
             break
         except OutOfResources:

@@ -138,8 +138,8 @@ def run(
 def dispatch(x) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the path for prepared arguments (``inputs.Inputs``) by the measured crossovers."""
     from .decode import split_kv_attention, variant
-    from .expand import sdpa_attention, sdpa_can_express, without_low_rank
-    from .extend import extend_attention, fusable
+    from .expand import expanded, sdpa_attention, sdpa_can_express
+    from .extend import extend_attention
     from .tuning import decode_config, dispatch_config, expand_config, extend_config
 
     case = (x.query.device, x.query.dtype, x.D)
@@ -148,7 +148,11 @@ def dispatch(x) -> tuple[torch.Tensor, torch.Tensor]:
         return split_kv_attention(x, decode_config(*case, variant(x)))
     if x.query.is_cuda and x.S >= config.sdpa_queries and sdpa_can_express(x):
         return sdpa_attention(x, expand_config(*case), config)
-    if max(x.rk, x.rv) > config.max_fused_rank or not fusable(x):
-        length = x.key_length if isinstance(x.key_length, int) else x.T
-        x = without_low_rank(x, length, expand_config(*case))
-    return extend_attention(x, extend_config(*case))
+    length = x.key_length if isinstance(x.key_length, int) else x.T
+    has_key_lora = x.key_low_rank is not None
+    if max(x.rk, x.rv) > config.max_fused_rank:
+        x = expanded(x, length, expand_config(*case))
+    elif isinstance(x.key_length, int) and x.S * x.G >= config.expand_key_columns and 2 * x.visible_keys >= length:
+        # So many tiles of queries read a key that expanding it once, in memory, is cheaper than once per tile.
+        x = expanded(x, length, expand_config(*case), with_value=False)
+    return extend_attention(x, extend_config(*case), after_expansion=has_key_lora and x.key_low_rank is None)

@@ -44,11 +44,23 @@ def visible_range(o_s, b_length, valid, S, window, IS_CAUSAL: tl.constexpr, HAS_
 
 
 @triton.jit
-def log2_scores(b_s, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scaled (and soft-capped) scores in units of log2, so that the softmax is an exp2."""
-    if HAS_SOFTCAP:
-        # tanh(x) = 1 - 2 / (1 + e^(2x)): exact at both ends, where e^(2x) is inf or 0.
-        e = tl.exp2(b_s * (2.0 * LOG2_E * scale / softcap))
-        return (softcap * LOG2_E) * (1.0 - 2.0 / (1.0 + e))
-    else:
-        return b_s * (scale * LOG2_E)
+def log2_softcap(b_s, softcap):
+    """``softcap * tanh(scores / softcap)`` of scores in units of log2, so that the softmax is an exp2."""
+    b_x = tl.abs(b_s) * (1.0 / (LOG2_E * softcap))
+    b_u = tl.exp2(b_x * (-2.0 * LOG2_E))
+    b_tanh = (1.0 - b_u) / (1.0 + b_u)
+    # 1 - u loses digits where the scores are small beside the cap, as most are: there the series, to 1e-9.
+    b_x2 = b_x * b_x
+    b_series = b_x * (1.0 - b_x2 * (1.0 / 3.0 - b_x2 * (2.0 / 15.0 - b_x2 * (17.0 / 315.0))))
+    b_tanh = tl.where(b_x < 0.125, b_series, b_tanh)
+    return tl.where(b_s < 0.0, -b_tanh, b_tanh) * (softcap * LOG2_E)
+
+
+@triton.jit
+def aligned(stride, ALIGN: tl.constexpr):
+    """The stride, as a number of which the compiler knows that ALIGN divides it.
+
+    It finds out about divisibility by 16 elements on its own. Rows of 8 or of 40 entries of 16 bits can be copied to shared
+    memory asynchronously as well, and must be: see ``inputs.prepare``.
+    """
+    return stride // ALIGN * ALIGN

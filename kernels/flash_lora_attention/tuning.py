@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-WIDE_RANK = 32
-SHORT_HEAD_KEYS = 262144
 _CONFIGS = Path(__file__).parent / "configs"
+# Devices without a file of their own take that of another with the same multiprocessors, by compute capability.
+_SIMILAR = {9: "nvidia_h100_80gb_hbm3"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class DecodeConfig:
     max_block_m: int = 64  # query columns per program, at most
     block_m_rows: int = 16  # query columns up to which rows of one trunk are packed into a program
     max_rows: int = 4  # and rows per program, at most
+    max_folded: int = 128  # columns of the folded product (query columns x rank), at most; above, K is expanded on chip
     precision: str = "ieee"  # of float32 products
 
 
@@ -53,8 +54,10 @@ class ExtendConfig:
 class ExpandConfig:
     """Tiles of ``expand_kernel``."""
 
-    block_t: int
+    block_t: int  # tokens per tile
     num_warps: int
+    num_stages: int = 2
+    programs_per_sm: int = 8
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,10 @@ class DispatchConfig:
     """Which path serves which number of queries; see ``interface.py``."""
 
     split_kv_columns: int  # up to this many (tokens x grouped heads): split-KV kernel
-    sdpa_queries: int  # from this many query tokens on: expand, then SDPA, where SDPA can express the call
+    expand_key_columns: (
+        int  # from this many on the extend kernel gets expanded K, where few keys are hidden by a window
+    )
+    sdpa_queries: int  # from this many query tokens on: expand K and V, then SDPA, where SDPA can express the call
     cudnn_queries: int  # from this many on cuDNN is the SDPA backend (its plans are built per shape)
     max_fused_rank: int  # above it the extend kernel gets expanded K and V
 
@@ -85,8 +91,10 @@ def _config(index: int | None) -> dict:
         return default
     name = torch.cuda.get_device_name(index)
     path = _CONFIGS / (re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".json")
-    if path.exists():
-        return json.loads(path.read_text())
+    similar = _CONFIGS / f"{_SIMILAR.get(torch.cuda.get_device_capability(index)[0])}.json"
+    for file in (path, similar):
+        if file.exists():
+            return json.loads(file.read_text())
     warnings.warn(
         f"flash_lora_attention has no tuned configuration for {name!r} and uses safe defaults, which can be much slower. "
         f"`python kernels/benchmarks/tune.py` writes one to {path.name}.",
@@ -106,12 +114,10 @@ def decode_config(device: torch.device, dtype: torch.dtype, head_size: int, vari
     """Tiles of the split-KV kernel for a device, dtype and head size.
 
     Args:
-        variant: "rows" of one trunk in one program; "wide", a rank above ``WIDE_RANK``, whose entries take the room of a
-            second program per multiprocessor; "short", at most ``SHORT_HEAD_KEYS`` keys over all rows and KV heads, where
-            the latency of a tile counts for more than the number in flight; None for the rest.
+        variant: "rows" of one trunk in one program, or None.
     """
     entry = dict(_entry(device, "decode", dtype, head_size))
-    variants = {name: entry.pop(name, {}) for name in ("rows", "wide", "short")}
+    variants = {name: entry.pop(name, {}) for name in ("rows",)}
     return DecodeConfig(**entry | (variants[variant] if variant else {}))
 
 

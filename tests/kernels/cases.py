@@ -23,6 +23,8 @@ def make(
     rows = 1 if trunk else B
     if layout == "bthd":
         k, v = (rand(rows, T, Hk, D).transpose(1, 2) for _ in range(2))
+    elif layout == "strided":
+        k, v = rand(rows, Hk, T, 2 * D)[..., ::2], rand(rows, Hk, T, D + 3)[..., 3:]
     else:
         k, v = rand(rows, Hk, T, D), rand(rows, Hk, T, D)
     if trunk:
@@ -31,7 +33,8 @@ def make(
     lead = {"row": B, "one": 1, "adapter": n}[lr]
     up_shape = (Hk,) if n == 0 else (n, Hk)
     if key:
-        a["key_low_rank"], a["key_up"] = rand(lead, T, r), rand(*up_shape, r, D, scale=r**-0.5)
+        low_rank = rand(lead, T, r) if layout != "strided" else rand(lead, T, r + 1)[..., 1:]
+        a["key_low_rank"], a["key_up"] = low_rank, rand(*up_shape, r, D, scale=r**-0.5)
     if val:
         a["value_low_rank"], a["value_up"] = rand(lead, T, rv), rand(*up_shape, rv, D, scale=rv**-0.5)
     if lr == "adapter":
@@ -108,6 +111,8 @@ GRID = {
     "value_only": dict(key=False),
     "base": dict(key=False, val=False),
     "ranks_differ": dict(r=5, rv=18),
+    "rank_6": dict(r=6),
+    "rank_8": dict(r=8),
     "rank_70": dict(r=70),
     "up_3d": dict(n=0),
     "adapters": dict(n=2, B=3),
@@ -143,6 +148,8 @@ GRID = {
     "length": dict(length=41),
     "lengths": dict(length="rows"),
     "layout": dict(layout="bthd"),
+    "strided": dict(layout="strided"),
+    "strided_trunk": dict(n=2, B=3, r=4, layout="strided", trunk=True),
     "mha": dict(G=1, Hk=3),
     "everything": dict(
         n=2, B=3, rope="interleaved", rotary_dim=8, gains="rows", sliding_window=30, softcap=3.0, sinks=True,

@@ -28,7 +28,9 @@ def nan_filled_outputs(monkeypatch):
     def filled(make):
         def wrapper(*args, **kwargs):
             tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point():
+                tensor.detach().fill_(float("nan"))
+            return tensor
 
         return wrapper
 

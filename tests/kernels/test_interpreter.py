@@ -15,6 +15,21 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run natively here")
 
 
+def prepared(qkv, a):
+    """The arguments in the form that the launchers take."""
+    from flash_lora_attention.arguments import Problem
+    from flash_lora_attention.inputs import prepare
+
+    optional = dict.fromkeys((
+        "key_low_rank", "key_up", "value_low_rank", "value_up", "cos", "sin", "adapter_index", "key_gain",
+        "key_delta_gain", "scale", "sliding_window", "softcap", "sinks", "attention_mask",
+    ))  # fmt: skip
+    fixed = dict(low_rank_per_adapter=False, is_causal=True, rotary_interleaved=False)
+    given = {k: v for k, v in a.items() if k not in ("rotary_dim", "key_length")}
+    problem = Problem(a.get("key_length") or qkv[1].shape[2], a.get("rotary_dim") or qkv[0].shape[-1], 1)
+    return prepare(problem, *qkv, **{**optional, **fixed, **given})
+
+
 @pytest.mark.parametrize(
     "name, queries",
     [(name, queries) for name in GRID for queries in (1, 37)]
@@ -26,7 +41,9 @@ def test_argument_grid(name, queries):
 
 
 @pytest.mark.parametrize("queries", [1, 37])
-@pytest.mark.parametrize("name", ["plain", "adapters", "gains", "sinks"])
+@pytest.mark.parametrize(
+    "name", ["plain", "adapters", "gains", "sinks", "partial_interleaved", "strided", "strided_trunk"]
+)
 def test_float16(name, queries):
     qkv, a = make(S=queries, dtype=torch.float16, **GRID[name])
     check(*flash_lora_attention(*qkv, **a, return_lse=True, backend="triton"), qkv, a)
@@ -34,21 +51,12 @@ def test_float16(name, queries):
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7])
 def test_split_count_does_not_matter(num_splits):
-    from flash_lora_attention.arguments import Problem
     from flash_lora_attention.decode import split_kv_attention
     from flash_lora_attention.extend import extend_attention
-    from flash_lora_attention.inputs import prepare
     from flash_lora_attention.tuning import decode_config, extend_config
 
     qkv, a = make(S=3, T=150, sinks=True)
-    optional = dict.fromkeys((
-        "adapter_index", "key_gain", "key_delta_gain", "scale", "sliding_window", "softcap", "attention_mask",
-    ))  # fmt: skip
-    x = prepare(
-        Problem(150, 16, 1), *qkv,
-        **{**optional, "low_rank_per_adapter": False, "is_causal": True},
-        **{k: v for k, v in a.items() if k not in ("rotary_dim", "is_causal")},
-    )  # fmt: skip
+    x = prepared(qkv, a)
     case = (qkv[0].device, qkv[0].dtype, 16)
     check(*split_kv_attention(x, decode_config(*case, None), num_splits), qkv, a)
     check(*extend_attention(x, extend_config(*case), num_splits), qkv, a)
@@ -56,31 +64,31 @@ def test_split_count_does_not_matter(num_splits):
 
 @pytest.mark.parametrize("name", ["adapters_own_lr", "gains", "partial", "interleaved", "gains_without_lr", "rank_70"])
 def test_expand(name):
-    from flash_lora_attention.arguments import Problem
     from flash_lora_attention.expand import expand
-    from flash_lora_attention.inputs import prepare
     from flash_lora_attention.tuning import ExpandConfig
 
     from .dense import expand_dense
 
     qkv, a = make(**GRID[name])
-    optional = dict.fromkeys((
-        "key_low_rank", "key_up", "value_low_rank", "value_up", "cos", "sin", "adapter_index", "key_gain",
-        "key_delta_gain", "scale", "sliding_window", "softcap", "sinks", "attention_mask",
-    ))  # fmt: skip
-    rotary_dim = a.get("rotary_dim") or qkv[0].shape[-1]
-    x = prepare(
-        Problem(qkv[1].shape[2], rotary_dim, 1), *qkv,
-        **{
-            **optional, "low_rank_per_adapter": False, "is_causal": True, "rotary_interleaved": False,
-            **{k: v for k, v in a.items() if k != "rotary_dim"},
-        },
-    )  # fmt: skip
+    x = prepared(qkv, a)
     for length in (70, 33):
         for ours, exact in zip(expand(x, length, ExpandConfig(16, 4)), expand_dense(*qkv[1:], **a), strict=True):
             exact = exact[:, :, :length]
             assert torch.isfinite(ours).all()
             assert (ours - exact).norm() <= 4 * torch.finfo(ours.dtype).eps * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["plain", "adapters_own_lr", "gains", "value_only", "padding", "length"])
+@pytest.mark.parametrize("with_value", [False, True])
+def test_attention_over_expanded_keys(name, with_value):
+    from flash_lora_attention.expand import expanded
+    from flash_lora_attention.extend import extend_attention
+    from flash_lora_attention.tuning import ExpandConfig, extend_config
+
+    qkv, a = make(S=20, **GRID[name])
+    x = expanded(prepared(qkv, a), a.get("key_length") or 70, ExpandConfig(16, 4), with_value)
+    assert x.key_low_rank is None and (x.value_low_rank is None) == with_value
+    check(*extend_attention(x, extend_config(qkv[0].device, qkv[0].dtype, 16), after_expansion=True), qkv, a)
 
 
 def test_base_row_never_reads_its_low_rank_entries():
