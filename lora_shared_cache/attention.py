@@ -29,15 +29,17 @@ BACKEND_VARIABLE = "LORA_SHARED_CACHE_BACKEND"
 _originals: dict[int, str] = {}
 
 
-def attention_backend() -> str:
-    """ "reference" or "triton", from the environment variable LORA_SHARED_CACHE_BACKEND; absent: "reference".
+def attention_backend() -> str | None:
+    """ "reference" or "triton", from the environment variable LORA_SHARED_CACHE_BACKEND; absent: None.
+
+    None takes the Triton kernels on CUDA for every call that they serve, and the reference for all others.
 
     Raises:
         SharedCacheError: the variable holds anything else.
     """
-    chosen = os.environ.get(BACKEND_VARIABLE) or "reference"
-    if chosen not in ("reference", "triton"):
-        raise SharedCacheError(f"{BACKEND_VARIABLE} is {chosen!r}, expected 'reference' or 'triton'")
+    chosen = os.environ.get(BACKEND_VARIABLE) or None
+    if chosen not in (None, "reference", "triton"):
+        raise SharedCacheError(f"{BACKEND_VARIABLE} is {chosen!r}, expected 'reference', 'triton' or nothing")
     return chosen
 
 

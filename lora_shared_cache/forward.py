@@ -158,6 +158,8 @@ class LayerPass:
         layout = self.layer.layout
         assert layout is not None
         backend = attention_backend()
+        if backend is None and not query.is_cuda:
+            backend = "reference"
         if key_low_rank is not None and key_up is not None and backend == "reference" and query.device.type == "cpu":
             # Expanding is a matrix product over all tokens; on the CPU the agent's expanded keys are kept and appended to.
             key = self._expanded_keys(key, key_low_rank, key_up)

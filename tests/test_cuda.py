@@ -1,4 +1,4 @@
-"""A model on CUDA, by the reference and by the Triton kernels, gives the CPU's tokens under every policy."""
+"""A model on CUDA, by the reference, by the Triton kernels and by what is chosen, gives the CPU's tokens under every policy."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def trajectory(model, device: str, sharing: str, new: int = 12) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("sharing", ["auto", "base_shared", "base_lr_shared", "lr_precomputed"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["", "reference", "triton"])
 def test_cuda_gives_the_tokens_of_the_cpu(family, sharing, backend, monkeypatch):
     model = build(family, shared_a=sharing in ("auto", "base_lr_shared"))
     on_cpu = trajectory(model, "cpu", sharing)
@@ -73,7 +73,7 @@ def test_cuda_gives_the_tokens_of_the_cpu(family, sharing, backend, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["", "reference", "triton"])
 def test_logits_on_cuda_are_as_close_to_float32_as_pefts(dtype, backend, monkeypatch):
     monkeypatch.setenv("LORA_SHARED_CACHE_BACKEND", backend)
     model = build("llama", shared_a=False).to("cuda")

@@ -115,3 +115,22 @@ def test_one_agent_alone_equals_peft_with_a_dynamic_cache(agents):
         for a, b in zip(ours.logits, theirs.logits, strict=True):
             assert float((a - b).abs().max()) < 5e-3
         assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sharing", ["base_shared", "base_lr_shared", "lr_precomputed"])
+def test_cuda_gives_the_tokens_of_the_cpu(agents, sharing):
+    """Greedy, float32; on CUDA by the Triton kernels, which are the default there."""
+    kind, model, tokenizer = agents
+    if sharing == "base_lr_shared" and kind != "shared_a":
+        pytest.skip("needs adapters that share A")
+    results = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        cache, ids = SharedLoRACache(sharing=sharing), prompt_of(tokenizer).to(device)
+        for name in TURNS:
+            activate(model, name)
+            ids = generate(model, ids, cache, new=12).sequences
+        results.append(ids.cpu())
+    assert torch.equal(*results)

@@ -144,11 +144,14 @@ def dispatch(x) -> tuple[torch.Tensor, torch.Tensor]:
 
     case = (x.query.device, x.query.dtype, x.D)
     config = dispatch_config(*case)
+    length = x.key_length if isinstance(x.key_length, int) else x.T
     if x.S * x.G <= config.split_kv_columns:
+        if max(x.rk, x.rv) * x.D * x.query.element_size() > config.split_kv_up_bytes:
+            # They have no room in shared memory beside a tile, or not in registers.
+            x = expanded(x, length, expand_config(*case))
         return split_kv_attention(x, decode_config(*case, variant(x)))
     if x.query.is_cuda and x.S >= config.sdpa_queries and sdpa_can_express(x):
         return sdpa_attention(x, expand_config(*case), config)
-    length = x.key_length if isinstance(x.key_length, int) else x.T
     has_key_lora = x.key_low_rank is not None
     if max(x.rk, x.rv) > config.max_fused_rank:
         x = expanded(x, length, expand_config(*case))

@@ -65,6 +65,9 @@ class DispatchConfig:
     """Which path serves which number of queries; see ``interface.py``."""
 
     split_kv_columns: int  # up to this many (tokens x grouped heads): split-KV kernel
+    split_kv_up_bytes: (
+        int  # up-projections of one head and adapter, at most; with larger ones K and V are expanded first
+    )
     expand_key_columns: (
         int  # from this many on the extend kernel gets expanded K, where few keys are hidden by a window
     )

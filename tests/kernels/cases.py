@@ -79,7 +79,12 @@ def norm_and_max(error):
 
 
 def check(out, lse, qkv, a, factor=2.0):
-    """Error against float64 at most ``factor`` times that of PyTorch's SDPA in the same dtype on ready-made K and V."""
+    """Error against float64 at most ``factor`` times that of PyTorch's SDPA in the same dtype on ready-made K and V.
+
+    Of the error's norm, that is. The largest of all errors may be half as much again above, from 1024 outputs on: it is there
+    to find an element among many that is wrong on its own, and the ratio of two maxima of rounding noise scatters (0.3 to 4
+    among 128 outputs, for the same kernel).
+    """
     exact, exact_lse = attention_dense(*qkv, **a)
     peer = sdpa_peer(*qkv, **a)
     assert out.shape == exact.shape and out.dtype == qkv[0].dtype
@@ -88,10 +93,9 @@ def check(out, lse, qkv, a, factor=2.0):
     # Where PyTorch happens to be exact (one visible key), a rounding of the result is still allowed.
     rounding = torch.finfo(out.dtype).eps / 2
     floor = rounding * exact.norm().item(), rounding * exact.abs().max().item()
-    # The largest of a few hundred errors is noise, and so is the ratio of two of them: there the norm alone decides.
-    measures = ("norm", "max") if out.numel() >= 1024 else ("norm",)
-    for name, o, t, f in zip(measures, ours, theirs, floor, strict=False):
-        assert o <= factor * max(t, f), f"{name} of the error {o:.3e}, SDPA's is {t:.3e} (rounding alone {f:.3e})"
+    factors = (factor, 1.5 * factor if out.numel() >= 1024 else 1e9)
+    for name, o, t, f, times in zip(("norm", "max"), ours, theirs, floor, factors, strict=True):
+        assert o <= times * max(t, f), f"{name} of the error {o:.3e}, SDPA's is {t:.3e} (rounding alone {f:.3e})"
     nothing = exact_lse == -torch.inf
     assert ((lse == -torch.inf) == nothing).all()
     assert (out[nothing] == 0).all()

@@ -49,6 +49,19 @@ def test_float16(name, queries):
     check(*flash_lora_attention(*qkv, **a, return_lse=True, backend="triton"), qkv, a)
 
 
+@pytest.mark.parametrize(
+    "name", ["plain", "adapters", "trunk", "trunk_gains", "gains", "partial", "no_rope", "mha", "rank_70"]
+)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_folded_product(name, queries):
+    """In float32, where an error shows that float16 hides; there the default expands on chip."""
+    from flash_lora_attention.decode import split_kv_attention
+    from flash_lora_attention.tuning import DecodeConfig
+
+    qkv, a = make(S=queries, **GRID[name])
+    check(*split_kv_attention(prepared(qkv, a), DecodeConfig(32, 4, 1, 2, max_folded=1024)), qkv, a)
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 7])
 def test_split_count_does_not_matter(num_splits):
     from flash_lora_attention.decode import split_kv_attention
