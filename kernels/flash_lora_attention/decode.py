@@ -230,12 +230,13 @@ def split_kv_kernel(
                     KA + o_ka[None, :] + t * stride_kat + o_n[:, None] * stride_kat,
                     mask=inside[:, None] & has_k[None, :], other=0.0,
                 )  # fmt: skip
-                b_w = tl.zeros([BLOCK_N, FOLD * BLOCK_RK], tl.float32)
-                if COS is None or ROTARY < D:
-                    b_w += b_w0[None, :]
                 if COS is not None:
-                    b_w = tl.dot(b_cos.to(dtype), tl.trans(b_m1), b_w, input_precision=PRECISION)
+                    b_w = tl.dot(b_cos.to(dtype), tl.trans(b_m1), input_precision=PRECISION)
                     b_w = tl.dot(b_sin.to(dtype), tl.trans(b_m2), b_w, input_precision=PRECISION)
+                    if ROTARY < D:
+                        b_w += b_w0[None, :]
+                else:
+                    b_w = tl.zeros([BLOCK_N, FOLD * BLOCK_RK], tl.float32) + b_w0[None, :]
                 b_a = tl.reshape(b_a, [BLOCK_N, DELTA_ROWS, R_HIGH, R_LOW])[:, :, :, None, :].to(tl.float32)
                 b_w = tl.reshape(b_w, [BLOCK_N, DELTA_ROWS, R_HIGH, COLUMNS, R_LOW]) * b_a
                 b_e = tl.reshape(tl.sum(tl.sum(b_w, axis=4), axis=2), [BLOCK_N, FOLD])

@@ -1,9 +1,9 @@
 """The entry point: checks, then the path that is fastest for this shape on this device.
 
-Three paths serve CUDA tensors. Few queries: the split-KV kernel. Blocks of queries that causality alone describes: expand
-this layer's K and V once and call the best SDPA backend. Everything else: the fused extend kernel. Where one path takes over
-from the other was measured (``configs/``), not guessed. CPU tensors, float64 and calls that need gradients go to the
-reference, and so does everything where Triton is not installed.
+CUDA tensors take one of four paths. Few queries: the split-KV kernel. Blocks of queries: the fused extend kernel, from some
+size on over keys that are expanded once. Long blocks that causality alone describes: expand this layer's K and V and call the
+best SDPA backend. Where one path takes over from the other was measured (``configs/``), not guessed. CPU tensors, float64 and
+calls that need gradients go to the reference, and so does everything where Triton is not installed.
 """
 
 from __future__ import annotations
