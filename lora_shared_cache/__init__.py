@@ -8,11 +8,13 @@ from .attach import attach, detach
 from .attention import ATTENTION_NAME, register_attention
 from .cache import SharedLoRACache
 from .errors import SharedCacheError, TrajectoryError, UnsupportedAdapterError, UnsupportedModelError
+from .shared_a import SharedAProjection, project_to_shared_a, share_down_projections
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ATTENTION_NAME",
+    "SharedAProjection",
     "SharedCacheError",
     "SharedLoRACache",
     "TrajectoryError",
@@ -20,6 +22,8 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "detach",
+    "project_to_shared_a",
+    "share_down_projections",
 ]
 
 register_attention()

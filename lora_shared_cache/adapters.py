@@ -112,7 +112,8 @@ def content_tensors(lora_layers: Iterable[tuple[str, Any]], name: str) -> tuple[
         scalings.append(float(module.scaling[name]))
         for container in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
             if name in container:
-                tensors.extend(container[name].parameters())
+                # A shared, frozen A is a buffer.
+                tensors.extend((*container[name].parameters(), *container[name].buffers()))
         for container in (module.lora_embedding_A, module.lora_embedding_B):
             if name in container:
                 tensors.append(container[name])

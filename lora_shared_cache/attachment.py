@@ -188,7 +188,8 @@ class Attachment:
                     continue
                 parts.append(scaling[name])
                 for linear in (lora_a.get(name), lora_b.get(name)):
-                    for tensor in () if linear is None else linear._parameters.values():
+                    # A shared, frozen A is a buffer.
+                    for tensor in () if linear is None else (*linear._parameters.values(), *linear._buffers.values()):
                         if tensor is not None:
                             parts.append((id(tensor), tensor.data_ptr(), _version(tensor)))
         return tuple(parts)
