@@ -9,14 +9,18 @@ from .attention import ATTENTION_NAME, register_attention
 from .cache import SharedLoRACache
 from .errors import SharedCacheError, TrajectoryError, UnsupportedAdapterError, UnsupportedModelError
 from .shared_a import SharedAProjection, project_to_shared_a, share_down_projections
+from .sharing import LayerResult, PolicyResult, SharingReport, sharing_report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ATTENTION_NAME",
+    "LayerResult",
+    "PolicyResult",
     "SharedAProjection",
     "SharedCacheError",
     "SharedLoRACache",
+    "SharingReport",
     "TrajectoryError",
     "UnsupportedAdapterError",
     "UnsupportedModelError",
@@ -24,6 +28,7 @@ __all__ = [
     "detach",
     "project_to_shared_a",
     "share_down_projections",
+    "sharing_report",
 ]
 
 register_attention()

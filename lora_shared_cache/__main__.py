@@ -1,0 +1,74 @@
+"""``python -m lora_shared_cache report``: what sharing costs, for adapters on disk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .errors import SharedCacheError
+from .sharing import POLICIES, sharing_report
+
+
+def _named_path(text: str) -> tuple[str, str]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lora_shared_cache", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser(
+        "report", help="what sharing one cache costs your adapters on your text", description=sharing_report.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    report.add_argument("--model", required=True, help="path or id of the base model")
+    report.add_argument(
+        "--adapters", required=True, nargs="+", type=_named_path, metavar="NAME=PATH", help="PEFT adapters"
+    )
+    report.add_argument("--text", required=True, type=Path, help="a text file; it is cut into two turns per adapter")
+    report.add_argument("--policies", nargs="+", choices=POLICIES, help="default: all that apply")
+    report.add_argument("--max-tokens", type=int, default=2048, help="of the text; default %(default)s")
+    report.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    report.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default %(default)s"
+    )
+    report.add_argument("--json", type=Path, help="write the numbers here")
+    report.add_argument("--plot", type=Path, help="write a plot here (.png, .svg, ...)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; what can't be done ends the program with a message."""
+    options = _parser().parse_args(arguments)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(
+            options.device
+        )
+        (name, path), *others = options.adapters
+        model = PeftModel.from_pretrained(model, path, adapter_name=name)
+        for name, path in others:
+            model.load_adapter(path, adapter_name=name)
+        ids = tokenizer(options.text.read_text(), return_tensors="pt", add_special_tokens=False).input_ids
+        report = sharing_report(
+            model.eval(), ids[:, : options.max_tokens], [name for name, _ in options.adapters], options.policies
+        )
+    except (OSError, ValueError, SharedCacheError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    print(report)
+    if options.json:
+        options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    if options.plot:
+        report.plot().savefig(options.plot)
+
+
+if __name__ == "__main__":
+    main()
