@@ -111,9 +111,7 @@ class SharingReport:
                 name, f"{r.kl:.2e}", f"{r.top1:.1%}", f"{r.loss:.4f}", f"{r.loss_difference:+.4f}", str(r.rerun_tokens),
                 f"{r.memory_bytes / 1e6:.2f} MB",
             )  # fmt: skip
-        layers = Table(
-            title="base K and V between adapters; low-rank over base", title_justify="left"
-        )
+        layers = Table(title="base K and V between adapters; low-rank over base", title_justify="left")
         for name in ("layer", "K similarity", "V similarity", "K low-rank", "V low-rank"):
             layers.add_column(name, justify="right")
         for row in self.layers:
@@ -211,13 +209,13 @@ def _measure(
 ) -> SharingReport:
     device = next(model.parameters()).device
     ids = torch.cat([part for _, part in turns], dim=1).to(device)
-    replays: dict[str, _Replay] = {EXACT: _ExactReplay(model, chunk)}
+    replays: dict[str, Replay] = {EXACT: ExactReplay(model, chunk)}
     skipped: dict[str, str] = {}
     for name in POLICIES[1:] if policies is None else policies:
         if name == FULLY_SHARED:
-            replays[name] = _FullySharedReplay(model, chunk)
+            replays[name] = FullySharedReplay(model, chunk)
         elif name != EXACT:
-            replays[name] = _SharedReplay(model, chunk, name)
+            replays[name] = SharedReplay(model, chunk, name)
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in replays}
     steps = len(turns) + -(-ids.shape[1] // chunk)
     with tqdm(total=steps, desc="sharing report", disable=not progress, leave=False) as bar:
@@ -262,7 +260,7 @@ def _compare(exact: torch.Tensor, log_p: torch.Tensor, targets: torch.Tensor) ->
     return torch.stack((kl.double(), same.double(), loss.double())).cpu()
 
 
-class _Replay:
+class Replay:
     """The turns on one policy's cache. ``run`` counts the tokens that went through the model."""
 
     def __init__(self, model: nn.Module, chunk: int):
@@ -292,7 +290,7 @@ class _Replay:
         return torch.cat(kept)
 
 
-class _ExactReplay(_Replay):
+class ExactReplay(Replay):
     """One ``DynamicCache`` per adapter."""
 
     def __init__(self, model: nn.Module, chunk: int):
@@ -300,6 +298,7 @@ class _ExactReplay(_Replay):
         self.caches: dict[str, DynamicCache] = {}
 
     def turn(self, adapter: str, ids: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """See :class:`Replay`."""
         cache = self.caches.setdefault(self.key(adapter), DynamicCache(config=cast(Any, self.model.config)))
         covered = cache.get_seq_length()
         if start and covered == start:
@@ -315,18 +314,19 @@ class _ExactReplay(_Replay):
         return adapter
 
     def memory(self) -> int:
+        """See :class:`Replay`."""
         layers = [cast(Any, layer) for cache in self.caches.values() for layer in cache.layers]
         return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
 
 
-class _FullySharedReplay(_ExactReplay):
+class FullySharedReplay(ExactReplay):
     """One ``DynamicCache`` that all adapters use as if it were their own."""
 
     def key(self, adapter: str) -> str:
         return FULLY_SHARED
 
 
-class _SharedReplay(_Replay):
+class SharedReplay(Replay):
     """A :class:`SharedLoRACache`."""
 
     def __init__(self, model: nn.Module, chunk: int, sharing: str):
@@ -334,6 +334,7 @@ class _SharedReplay(_Replay):
         self.cache = SharedLoRACache(sharing=cast(Any, sharing))
 
     def turn(self, adapter: str, ids: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """See :class:`Replay`."""
         if not start:
             self.run += stop
             logits = self.feed(self.cache, ids[:, :stop], stop)[:-1]
@@ -350,6 +351,7 @@ class _SharedReplay(_Replay):
         return torch.cat((prompt.logits[0, -1:], logits[:-1]))
 
     def memory(self) -> int:
+        """See :class:`Replay`."""
         footprint = self.cache.memory_footprint()
         # Without the expanded keys that the CPU keeps for speed.
         return footprint["total"] - footprint["expanded_keys"]
@@ -379,7 +381,7 @@ def _layers(model: nn.Module, ids: torch.Tensor, names: list[str], chunk: int, b
 
                 handles.append(module.base_layer.register_forward_hook(keep_base))
     caches = {name: DynamicCache(config=cast(Any, model.config)) for name in names}
-    replay = _Replay(model, chunk)
+    replay = Replay(model, chunk)
     similarity = {key: 0.0 for key in ((i, w) for i in attachment.layers for w in PROJECTIONS)}
     size = dict(similarity)
     pairs = list(combinations(names, 2))

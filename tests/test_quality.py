@@ -1,0 +1,150 @@
+"""The replay of examples/quality: it must reproduce what is known before it is believed about anything else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("tqdm")
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "quality")]
+import replay  # noqa: E402
+
+from .tiny import activate, agents_model, copy_adapter, reference, tiny_llama, with_adapters  # noqa: E402
+
+ROLES = list(replay.ROLES)
+POLICIES = ["non_shared", "fully_shared", "base_shared", "lr_precomputed"]
+
+
+class Letters:
+    """A tokenizer of one token per letter."""
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [1 + ord(letter) % 60 for letter in text]}
+
+
+def episode(name="one", extra=""):
+    return {
+        "episode_id": name,
+        "prompt": "Answer the question." + extra,
+        "turns": [
+            {"role": "plan", "kind": "thought", "cue": "T:", "text": "look it up\n"},
+            {"role": "action", "kind": "argument", "cue": "", "text": "rivers]"},
+            {"role": "observation", "text": "A river is long."},
+            {"role": "plan", "kind": "thought", "cue": "T:", "text": "done\n"},
+            {"role": "reflect", "kind": "verdict", "cue": "R:", "text": "right]"},
+        ],
+    }
+
+
+def rows_of(model, policies=POLICIES, episodes=None):
+    texts = [replay.encode(Letters(), e) for e in episodes or [episode(), episode("two", " Twice.")]]
+    return [row for text in texts for row in replay.replay(model, text, policies, chunk=7)]
+
+
+def test_encoding_and_joining():
+    one, two = replay.encode(Letters(), episode()), replay.encode(Letters(), episode("two", "!"))
+    assert one.ids.shape[1] == sum(
+        len(t)
+        for t in ("Answer the question.", "T:look it up\n", "rivers]", "A river is long.", "T:done\n", "R:right]")
+    )
+    assert [(t.role, t.start, t.stop) for t in one.turns] == [
+        ("plan", 22, 33),
+        ("action", 33, 40),
+        ("plan", 58, 63),
+        ("reflect", 65, 71),
+    ]
+    joined = replay.join([one, two, one], 150)
+    assert [t.ids.shape[1] for t in joined] == [71 + 72, 71]
+    assert joined[0].turns[4].start == 71 + 23 and torch.equal(joined[0].ids[:, 71:], two.ids)
+
+
+def test_exact_is_pefts_plain_loss():
+    model = with_adapters(tiny_llama(torch.float32), ROLES)
+    rows = [row for row in rows_of(model, episodes=[episode()]) if row["policy"] == "non_shared"]
+    text = replay.encode(Letters(), episode())
+    for row, turn in zip(rows, text.turns, strict=True):
+        activate(model, turn.role)
+        logits = reference(model, text.ids)[0, turn.start - 1 : turn.stop - 1]
+        loss = float(F.cross_entropy(logits, text.ids[0, turn.start : turn.stop], reduction="sum"))
+        assert row["nll"] == pytest.approx(loss, abs=1e-5 * row["tokens"])
+        assert row["role"] == turn.role and row["tokens"] == turn.stop - turn.start
+
+
+def test_equal_adapters_have_no_gap_and_keep_all():
+    model = with_adapters(tiny_llama(), ROLES)
+    for role in ROLES[1:]:
+        copy_adapter(model, ROLES[0], role)
+    summary = replay.summarise(rows_of(model, [*POLICIES, "base_lr_shared"]))
+    for policy in (*POLICIES, "base_lr_shared"):
+        assert abs(summary[policy]["all"]["gap"]) < 1e-10 and summary[policy]["all"]["kept"] == pytest.approx(1)
+    assert summary["base_model"]["all"]["kept"] == 0.0
+
+
+def test_a_shuffled_adapter_has_a_large_gap():
+    model = with_adapters(tiny_llama(), ROLES)
+    # Adapters that predict the text: the one of another role is worse at it.
+    text = replay.encode(Letters(), episode())
+    for role in ROLES:
+        activate(model, role)
+        for p in model.parameters():
+            p.requires_grad_(False)
+        own = [p for n, p in model.named_parameters() if f".{role}." in n]
+        for p in own:
+            p.requires_grad_(True)
+        optimiser = torch.optim.Adam(own, lr=0.02)
+        for _ in range(30):
+            logits = model(input_ids=text.ids).logits[0]
+            loss = sum(
+                F.cross_entropy(logits[t.start - 1 : t.stop - 1], text.ids[0, t.start : t.stop])
+                for t in text.turns if t.role == role
+            )  # fmt: skip
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    right = replay.summarise(rows_of(model, ["non_shared"], [episode()]))["non_shared"]["all"]
+    shuffled = {a: b for a, b in zip(ROLES, [*ROLES[1:], ROLES[0]], strict=True)}
+    wrong_turns = [dict(t, role=shuffled.get(t["role"], t["role"])) for t in episode()["turns"]]
+    wrong = replay.summarise(rows_of(model, ["non_shared"], [dict(episode(), turns=wrong_turns)]))["non_shared"]["all"]
+    assert wrong["nll"] > right["nll"] + 1.0
+
+
+def test_summary_groups_and_intervals():
+    summary = replay.summarise(rows_of(agents_model(ROLES)))
+    groups = summary["base_shared"]
+    assert set(groups) == {"all", *ROLES, "plan/thought", "action/argument", "reflect/verdict"}
+    assert groups["all"]["turns"] == 8 and groups["all"]["texts"] == 2
+    assert groups["all"]["tokens"] == sum(groups[role]["tokens"] for role in ROLES)
+    low, high = groups["all"]["gap_interval"]
+    assert low <= groups["all"]["gap"] <= high
+    # Known answer: numerators 1 and 3 of 2 each; means of resamples are 0.5, 1 or 1.5.
+    assert replay.interval(np.array([[1.0, 2.0], [3.0, 2.0]])) == (0.5, 1.5)
+
+
+def test_the_script(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(episode(n)) for n in ("one", "two", "three")))
+    monkeypatch.setattr(replay, "load", lambda folder, name, dtype, device: (agents_model(ROLES), Letters()))
+    replay.main(
+        [
+            "--data",
+            str(tmp_path / "data.jsonl"),
+            "--output",
+            str(tmp_path / "out"),
+            "--sets",
+            "shared_a",
+            "--episodes",
+            "2",
+        ]
+    )
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(summary["summary"]["shared_a"]) == {"base_model", *replay.POLICIES["shared_a"]}
+    assert summary["about"]["episodes"] == 2
+    assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 2 * 4 * 6
+    assert "base_lr_shared" in capsys.readouterr().out
