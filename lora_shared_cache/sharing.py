@@ -323,6 +323,7 @@ class FullySharedReplay(ExactReplay):
     """One ``DynamicCache`` that all adapters use as if it were their own."""
 
     def key(self, adapter: str) -> str:
+        """See :class:`ExactReplay`."""
         return FULLY_SHARED
 
 
