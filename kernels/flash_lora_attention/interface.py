@@ -92,6 +92,8 @@ def _unserved(query: torch.Tensor, key: torch.Tensor) -> str | None:
         return "any call: triton is not installed"
     if not query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors on {query.device} without TRITON_INTERPRET=1"
+    if query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return f"GPUs before Ampere ({torch.cuda.get_device_name(query.device)})"
     if torch.float64 in (query.dtype, key.dtype):
         return "float64"
     if query.shape[-1] > 256 or query.shape[-1] % 2:

@@ -58,7 +58,9 @@ def merge_kernel(
 
 def launches_dependents(device: torch.device) -> bool:
     """Whether kernels can be launched while the one before still runs (programmatic dependent launch, since Hopper)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    if device.type != "cuda" or torch.version.hip is not None:  # ROCm's devices are "cuda" too
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def merge_partials(

@@ -18,7 +18,7 @@ import torch
 
 _CONFIGS = Path(__file__).parent / "configs"
 # Devices without a file of their own take that of another with the same multiprocessors, by compute capability.
-_SIMILAR = {9: "nvidia_h100_80gb_hbm3"}
+_SIMILAR: dict[int | None, str] = {9: "nvidia_h100_80gb_hbm3"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def _config(index: int | None) -> dict:
         return default
     name = torch.cuda.get_device_name(index)
     path = _CONFIGS / (re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".json")
-    similar = _CONFIGS / f"{_SIMILAR.get(torch.cuda.get_device_capability(index)[0])}.json"
+    capability = torch.cuda.get_device_capability(index)[0] if torch.version.hip is None else None
+    similar = _CONFIGS / f"{_SIMILAR.get(capability)}.json"
     for file in (path, similar):
         if file.exists():
             return json.loads(file.read_text())

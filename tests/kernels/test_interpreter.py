@@ -147,6 +147,35 @@ def test_an_impossible_backend_is_refused(monkeypatch):
         flash_lora_attention(*qkv, **a, backend="triton")
 
 
+def test_what_other_devices_get(monkeypatch):
+    """Shown by names alone: no such device is here."""
+    from types import SimpleNamespace
+
+    from flash_lora_attention import tuning
+    from flash_lora_attention.interface import _unserved
+    from flash_lora_attention.merge_kernel import launches_dependents
+
+    cuda = torch.device("cuda", 0)
+    tensor = SimpleNamespace(is_cuda=True, device=cuda, dtype=torch.float16, shape=(1, 1, 1, 64))
+    for capability, name, hip, served, dependent, config in (
+        ((7, 5), "Tesla T4", None, False, False, "default"), ((8, 0), "NVIDIA A100", None, True, False, "default"),
+        ((9, 0), "NVIDIA H200", None, True, True, "NVIDIA H100 80GB HBM3"),
+        ((9, 4), "AMD Instinct MI300X", "6.4", True, False, "default"),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        tuning._config.cache_clear()
+        assert (_unserved(tensor, tensor) is None) == served
+        assert launches_dependents(cuda) == dependent
+        if config == "default":
+            with pytest.warns(UserWarning, match=f"no tuned configuration for '{name}'"):
+                assert tuning._config(0)["device"] == config
+        else:
+            assert tuning._config(0)["device"] == config
+    tuning._config.cache_clear()
+
+
 def test_merge_states_refuses_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="expected"):
         merge_states(torch.zeros(2, 1, 2, 3, 4), torch.zeros(2, 1, 2, 4))
