@@ -117,15 +117,20 @@ def split_kv_kernel(
     o_b = i_b + o_row
     valid = (o_row < ROWS) & (o_b < B) & (o_s < S)
     o_hq = i_h * G + o_g
-    if LENGTH is not None:
-        b_length = tl.load(LENGTH + o_b * stride_nb, mask=valid, other=0).to(tl.int32)
+    if LENGTH is None or ROWS == 1:
+        length = key_length if LENGTH is None else tl.load(LENGTH + i_b * stride_nb).to(tl.int32)
+        shortest = length
+        b_length = tl.zeros([BLOCK_M], tl.int32) + length
     else:
-        b_length = tl.zeros([BLOCK_M], tl.int32) + key_length
+        b_length = tl.load(LENGTH + o_b * stride_nb, mask=valid, other=0).to(tl.int32)
+        length = tl.max(b_length, axis=0)
+        shortest = tl.min(tl.where(valid, b_length, T), axis=0)
     first, last = visible_range(o_s, b_length, valid, S, window, IS_CAUSAL, HAS_WINDOW)
 
-    # This program's keys: an equal share, in whole tiles, of what any of its queries sees.
-    hi = tl.minimum(tl.max(last, axis=0) + 1, T)
-    lo = tl.maximum(tl.min(tl.where(valid, first, T), axis=0), 0) // BLOCK_N if HAS_WINDOW else 0
+    # This program's keys: an equal share, in whole tiles, of what any of its queries sees. From scalars where that is possible:
+    # a reduction costs barriers before the first load, and ptxas no longer sees that the loop is the same for all threads.
+    hi = tl.minimum(length, T)
+    lo = tl.maximum(shortest - S + (i_m * BLOCK_C) // G - window + 1, 0) // BLOCK_N if HAS_WINDOW else 0
     tiles = tl.maximum(tl.cdiv(hi, BLOCK_N) - lo, 0)
     begin = (lo + (i_split * tiles) // num_splits) * BLOCK_N
     end = tl.minimum((lo + ((i_split + 1) * tiles) // num_splits) * BLOCK_N, hi)

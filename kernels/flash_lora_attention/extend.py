@@ -73,8 +73,11 @@ def extend_kernel(
     length = tl.load(LENGTH + i_b * stride_nb).to(tl.int32) if LENGTH is not None else key_length
     first, last = visible_range(o_s, length, valid, S, window, IS_CAUSAL, HAS_WINDOW)
 
-    hi = tl.minimum(tl.max(last, axis=0) + 1, T)
-    lo = tl.maximum(tl.min(tl.where(valid, first, T), axis=0), 0) // BLOCK_N if HAS_WINDOW else 0
+    # What the first and the last query token of the tile see, from scalars: as in decode.py.
+    lowest = length - S + (i_m * BLOCK_M) // G
+    highest = length - S + tl.minimum(S - 1, (i_m * BLOCK_M + BLOCK_M - 1) // G)
+    hi = tl.minimum(highest + 1 if IS_CAUSAL else length, T)
+    lo = tl.maximum(lowest - window + 1, 0) // BLOCK_N if HAS_WINDOW else 0
     tiles = tl.maximum(tl.cdiv(hi, BLOCK_N) - lo, 0)
     begin = (lo + (i_split * tiles) // num_splits) * BLOCK_N
     end = tl.minimum((lo + ((i_split + 1) * tiles) // num_splits) * BLOCK_N, hi)
@@ -83,7 +86,7 @@ def extend_kernel(
         middle = begin
     else:
         # Whole tiles that every query of this program sees need no mask.
-        seen_by_all = tl.min(tl.where(valid, last, T), axis=0) + 1
+        seen_by_all = lowest + 1 if IS_CAUSAL else length
         middle = tl.maximum(begin, tl.minimum(end, seen_by_all) // BLOCK_N * BLOCK_N)
 
     o_n = tl.arange(0, BLOCK_N)
