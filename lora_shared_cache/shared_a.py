@@ -7,6 +7,7 @@ Where the A of ``k_proj`` and ``v_proj`` is the same in all adapters, a token's 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,9 +171,10 @@ def project_to_shared_a(
             _set_up(module, name, up, scaling)
         _set_down(module, names, down, freeze)
     for name in names:
-        others = {k: v for k, v in (configs[name].rank_pattern or {}).items() if k not in target_modules}
+        config = configs[name] = copy.copy(configs[name])  # adapters may have been made from one config
+        others = {k: v for k, v in (config.rank_pattern or {}).items() if k not in target_modules}
         # First: PEFT takes the first pattern that matches.
-        configs[name].rank_pattern = {**dict.fromkeys(target_modules, rank), **others}
+        config.rank_pattern = {**dict.fromkeys(target_modules, rank), **others}
     return SharedAProjection(rank, errors)
 
 

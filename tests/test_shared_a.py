@@ -230,6 +230,14 @@ def test_a_smaller_rank_is_the_best_fit_and_its_error_is_reported():
     assert result.to_dict()["rank"] == 3 and "plan" in str(result)
 
 
+def test_a_config_of_several_adapters_stays_that_of_the_others():
+    config = lora()
+    model = with_adapters(tiny_llama(), {"plan": config, "act": config, "other": config})
+    before = dict(config.rank_pattern)
+    project_to_shared_a(model, NAMES)
+    assert model.peft_config["other"].rank_pattern == before != model.peft_config["plan"].rank_pattern
+
+
 def test_errors_fall_with_the_rank():
     errors = [project_to_shared_a(apart(), rank=rank).largest for rank in (1, 2, 4, 20)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-10
