@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .errors import SharedCacheError
 from .sharing import POLICIES, sharing_report
 
 
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = sharing_report(
             model.eval(), ids[:, : options.max_tokens], [name for name, _ in options.adapters], options.policies
         )
-    except (OSError, ValueError, SharedCacheError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     print(report)
     if options.json:

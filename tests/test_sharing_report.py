@@ -175,6 +175,13 @@ def test_wrong_arguments_are_named():
         report(model, policies=["base_lr_shared"])
 
 
+def test_what_cannot_be_split_is_an_error_and_not_a_skipped_policy():
+    model = model_with(["plan"])
+    model.add_adapter("act", lora(use_dora=True))
+    with pytest.raises(UnsupportedAdapterError, match="DoRA"):
+        report(model, [("plan", tokens(4)), ("act", tokens(4)), ("plan", tokens(2))])
+
+
 def test_command(tmp_path, capsys):
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import PreTrainedTokenizerFast

@@ -45,7 +45,6 @@ from lora_shared_cache.sharing import (  # noqa: E402
     FULLY_SHARED,
     ExactReplay,
     FullySharedReplay,
-    Replay,
     SharedReplay,
     activate,
 )
@@ -118,7 +117,7 @@ def score(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
     return dict(tokens=len(targets), nll=float(loss), correct=int(right.sum()), whole=bool(right.all()))
 
 
-def replays(model: Any, policies: Sequence[str], chunk: int) -> dict[str, Replay]:
+def replays(model: Any, policies: Sequence[str], chunk: int) -> dict[str, ExactReplay | SharedReplay]:
     """An empty cache for each policy."""
     special = {EXACT: ExactReplay, FULLY_SHARED: FullySharedReplay}
     return {

@@ -1,7 +1,7 @@
 """The checked arguments brought into the form that every kernel takes, and the one launch that passes them on.
 
-Copies nothing that grows with the number of tokens, except where a low-rank cache or an angle isn't contiguous in its last
-dimension. It decides nothing: which kernel runs is the business of ``interface.py``.
+Copies nothing that grows with the number of tokens, except what isn't made of rows of whole 4-byte words; see ``prepare``. It
+decides nothing: which kernel runs is the business of ``interface.py``.
 """
 
 from __future__ import annotations

@@ -65,12 +65,8 @@ class DispatchConfig:
     """Which path serves which number of queries; see ``interface.py``."""
 
     split_kv_columns: int  # up to this many (tokens x grouped heads): split-KV kernel
-    split_kv_up_bytes: (
-        int  # up-projections of one head and adapter, at most; with larger ones K and V are expanded first
-    )
-    expand_key_columns: (
-        int  # from this many on the extend kernel gets expanded K, where few keys are hidden by a window
-    )
+    split_kv_up_bytes: int  # up-projections of one head and adapter, at most; above, K and V are expanded first
+    expand_key_columns: int  # from this many on the extend kernel gets expanded K, where a window hides few keys
     sdpa_queries: int  # from this many query tokens on: expand K and V, then SDPA, where SDPA can express the call
     cudnn_queries: int  # from this many on cuDNN is the SDPA backend (its plans are built per shape)
     max_fused_rank: int  # above it the extend kernel gets expanded K and V
@@ -121,8 +117,8 @@ def decode_config(device: torch.device, dtype: torch.dtype, head_size: int, vari
         variant: "rows" of one trunk in one program, or None.
     """
     entry = dict(_entry(device, "decode", dtype, head_size))
-    variants = {name: entry.pop(name, {}) for name in ("rows",)}
-    return DecodeConfig(**entry | (variants[variant] if variant else {}))
+    rows = entry.pop("rows", {})
+    return DecodeConfig(**entry | (rows if variant == "rows" else {}))
 
 
 @functools.cache
