@@ -27,11 +27,19 @@ from flash_lora_attention.inputs import Inputs, prepare
 # block_n, num_warps, num_stages, programs_per_sm; each with and without the folded product
 DECODE = [(64, 4, 3, 1), (64, 4, 3, 2), (64, 4, 2, 2), (32, 4, 2, 2), (64, 4, 1, 2)]
 # max_rows, max_folded
-ROWS = [(1, 128), (2, 256), (4, 256), (2, 0)]
+ROWS = [(1, 128), (2, 128), (4, 128), (8, 128), (2, 0)]
+# block_n, num_warps, num_stages, programs_per_sm, max_folded, min_rows
+SCORES = [
+    (64, 4, 3, 2, 128, 4),
+    (64, 4, 4, 2, 128, 4),
+    (64, 4, 2, 1, 64, 4),
+    (32, 4, 2, 2, 128, 4),
+    (32, 4, 1, 1, 128, 1 << 30),
+]
 # block_m, block_n, num_warps, num_stages
 EXTEND = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2), (32, 16, 4, 1)]
 # block_t, num_warps, num_stages, programs_per_sm
-EXPAND = [(32, 4, 2, 8), (32, 4, 2, 4), (32, 4, 1, 64), (64, 8, 3, 2), (16, 4, 2, 8)]
+EXPAND = [(32, 4, 2, 8), (32, 4, 3, 4), (32, 4, 1, 16), (64, 8, 3, 4), (16, 4, 3, 8)]
 
 
 def inputs(**options) -> Inputs:
@@ -71,10 +79,10 @@ def main() -> None:
     result = {
         "device": torch.cuda.get_device_name(),
         "measured_with": f"torch {torch.__version__}, triton {triton.__version__}",
-        "decode": {}, "extend": {}, "expand": {}, "dispatch": default["dispatch"],
+        "decode": {}, "scores": {}, "extend": {}, "expand": {}, "dispatch": default["dispatch"],
     }  # fmt: skip
     for bits, dtype, precision in (("16-bit", torch.bfloat16, "ieee"), ("32-bit", torch.float32, "tf32x3")):
-        for kernel in ("decode", "extend", "expand"):
+        for kernel in ("decode", "scores", "extend", "expand"):
             result[kernel][bits] = {}
         decode = [
             tuning.DecodeConfig(*c, max_folded=folded, precision=precision) for c in DECODE for folded in (128, 0)
@@ -85,10 +93,20 @@ def main() -> None:
             name = f"{bits} D={D}"
             work = [dict(T=t, **common) for t in (16384, 131072)]
             entry = fastest(f"decode {name}", work, decode, split_kv_attention)
-            rows = [tuning.DecodeConfig(**entry | dict(max_rows=m, max_folded=f)) for m, f in ROWS]
             work = [dict(T=32768, B=8, n=8, trunk=True, **common)]
-            best = fastest(f"decode {name} rows", work, rows, split_kv_attention)
-            result["decode"][bits][str(D)] = entry | {"rows": best}
+            rows = [tuning.DecodeConfig(**entry | dict(max_rows=m, max_folded=f)) for m, f in ROWS]
+            fused = fastest(f"decode {name} rows", work, rows, split_kv_attention)
+            ahead = tuning.DecodeConfig(**entry | dict(max_rows=8, max_folded=fused.get("max_folded", 128)))
+            # The last of them never computes scores ahead.
+            result["scores"][bits][str(D)] = scores = fastest(
+                f"scores {name}", work, [tuning.ScoresConfig(*c) for c in SCORES],
+                lambda x, config, ahead=ahead: split_kv_attention(x, ahead, scores=config),
+            )  # fmt: skip
+            if scores["min_rows"] < 1 << 30:
+                fused = dict(max_rows=ahead.max_rows, max_folded=ahead.max_folded)
+            else:
+                fused = {f: v for f, v in fused.items() if entry.get(f) != v}
+            result["decode"][bits][str(D)] = entry | {"rows": fused}
             work = [dict(S=s, T=16384, **common) for s in (32, 128)]
             result["extend"][bits][str(D)] = fastest(f"extend {name}", work, extend, extend_attention)
             work = [dict(T=16384, **common)]

@@ -4,17 +4,12 @@ Every program takes one KV head, a range of keys and all queries of that head (g
 share one trunk, several rows). Scores are computed transposed, ``S^T = K q^T``: the long side of the tile is then the keys,
 so tensor cores are full however few queries there are.
 
-The low-rank part of the keys is never expanded. With rotary pairs p of angle (c, s) and the two columns 1, 2 of each pair,
-
-    q . RoPE_t(a_t B) = sum_r a_t[r] (sum_p c_t[p] M1[p, r] + s_t[p] M2[p, r])
-    M1 = q1 B1 + q2 B2,   M2 = q2 B1 - q1 B2
-
-so the queries are folded into the up-projection once per program, one product ``cos M1 + sin M2`` gives a weight per key,
-query and rank, and the key's ``a_t`` is applied to it in registers. cos and sin are left operands straight from shared
-memory, the K tile is not touched, and every adapter of the program has its columns in the same product. That holds while
-queries times rank fit into one product; above, ``RoPE_t(a_k B_k)`` is computed as it stands and multiplied by the queries.
-The two key-norm numbers are factors per key either way. V is not expanded at all: ``P a_v`` is accumulated beside ``P V``
-(LRAgent, arXiv 2602.01053, section 4.3).
+The low-rank part of the keys is never expanded: the queries are folded into the up-projection once per program (``fold.py``),
+cos and sin are left operands straight from shared memory, the K tile is not touched, and every adapter of the program has its
+columns in the same product. That holds while queries times rank fit into one product; above, ``RoPE_t(a_k B_k)`` is computed
+as it stands and multiplied by the queries. Where many rows share one trunk, their low-rank scores come ready-made from
+``fold.low_rank_scores``. The two key-norm numbers are factors per key either way. V is not expanded at all: ``P a_v`` is
+accumulated beside ``P V`` (LRAgent, arXiv 2602.01053, section 4.3).
 
 It is not for long prompts: there the expansion is better done once (``expand.py``) than once per tile of queries.
 """
@@ -24,43 +19,20 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
+from .fold import fold_queries, folded_scores, low_rank_scores, side_by_side
 from .inputs import Inputs, launch
-from .merge_kernel import merge_partials
-from .tiles import LOG2_E, aligned, log2_softcap, pair_columns, visible_range
-from .tuning import DecodeConfig, num_sms
+from .merge_kernel import launches_dependents, merge_partials
+from .tiles import LOG2_E, aligned, log2_softcap, pair_columns, prefetch_rows, visible_range
+from .tuning import DecodeConfig, ScoresConfig, num_sms
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
-def _side_by_side(
-    INDEX, o_c, i_b, zero, stride_b, B,
-    R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, PER_ADAPTER: tl.constexpr,
-):  # fmt: skip
-    """Low-rank entries of all rows of a program, side by side: column c belongs to row c // PAD, entry c % PAD.
-
-    Returns the adapter of each column (int64), whether it holds an entry, and its offset in a low-rank cache. A column of a
-    base-model row holds none: nothing of that row is read.
-    """
-    o_row = o_c // PAD
-    o_r = o_c % PAD
-    known = (o_row < ROWS) & (i_b + o_row < B)
-    has = known & (o_r < R)  # conditions one by one: the compiler sees that each holds for whole vectors
-    n = zero
-    if INDEX is not None:
-        n = tl.load(INDEX + i_b + o_row, mask=known, other=-1).to(tl.int64)
-        n = tl.max_constancy(n, [PAD])
-        has = has & (n >= 0)
-        n = tl.maximum(n, 0)
-    if PER_ADAPTER:
-        offset = n * stride_b + o_r
-    else:
-        offset = (i_b + (o_row if ROWS > 1 else 0)) * stride_b + o_r
-    return n, has, offset
-
-
-@triton.jit(do_not_specialize=["B", "S", "T", "key_length", "window", "num_m", "num_groups", "num_splits"])
+@triton.jit(
+    do_not_specialize=["B", "S", "T", "key_length", "window", "num_m", "num_groups", "num_splits", "scores_keys"]
+)
 def split_kv_kernel(
     Q, K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, SINKS, MASK, LENGTH, OUT, LSE,
     stride_qb, stride_qh, stride_qs, stride_qd,
@@ -72,7 +44,7 @@ def split_kv_kernel(
     stride_gb, stride_gh, stride_gt,
     stride_mb, stride_mh, stride_ms, stride_mt,
     stride_nb,
-    B, S, T, key_length, scale, softcap, window, num_m, num_groups, num_splits,
+    B, S, T, key_length, scale, softcap, window, num_m, num_groups, num_splits, SCORES, scores_keys,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, FLOAT_MASK: tl.constexpr, PER_ADAPTER: tl.constexpr,
@@ -81,9 +53,12 @@ def split_kv_kernel(
     ROWS: tl.constexpr, DELTA_ROWS: tl.constexpr, FOLDED: tl.constexpr, PARTIAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_RK: tl.constexpr, BLOCK_RV: tl.constexpr, PAD_RV: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, WAIT: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """One KV head, one range of keys, all its queries; arguments as in ``Inputs``, strides in elements."""
+    """One KV head, one range of keys, all its queries; arguments as in ``Inputs``, strides in elements.
+
+    SCORES holds ready-made low-rank scores (B, Hk, scores_keys, BLOCK_C), in place of KA.
+    """
     dtype = Q.dtype.element_ty
     stride_kt = aligned(stride_kt, K_ALIGN)
     stride_kh = aligned(stride_kh, K_ALIGN)
@@ -137,6 +112,12 @@ def split_kv_kernel(
 
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
+    if PREFETCH:
+        # The first tile is on its way to L2 while the queries are folded, which takes longer than reading it.
+        if begin < end:
+            o_a = tl.minimum(begin + o_n, end - 1) + zero
+            prefetch_rows(K + i_b * stride_kb + i_h * stride_kh + o_a * stride_kt, stride_kd, D, BLOCK_D)
+            prefetch_rows(V + i_b * stride_vb + i_h * stride_vh + o_a * stride_vt, stride_vd, D, BLOCK_D)
     p_q = Q + o_b * stride_qb + o_hq * stride_qh + o_s.to(tl.int64) * stride_qs  # (M,)
     # (D, M)
     b_q = tl.load(p_q[None, :] + o_d[:, None] * stride_qd, mask=valid[None, :] & (o_d < D)[:, None], other=0.0)
@@ -152,45 +133,19 @@ def split_kv_kernel(
         o_p = tl.arange(0, BLOCK_P)
         o_1, o_2 = pair_columns(o_p, D, ROTARY, INTERLEAVED)
         if FOLDED:
-            # Columns of the folded product: (row, upper part of r, query column, r % 2). In the layout of a wgmma accumulator
-            # one thread then holds all ranks of a query column (of four per KV head), and sums over them without shuffles.
             FOLD: tl.constexpr = ROWS * BLOCK_C
-            COLUMNS: tl.constexpr = FOLD // DELTA_ROWS
-            R_LOW: tl.constexpr = 2 if BLOCK_RK > 1 else 1
-            R_HIGH: tl.constexpr = BLOCK_RK // R_LOW
-            o_f = tl.arange(0, FOLD)
-            o_fc = i_m * BLOCK_C + o_f % BLOCK_C
-            o_fb = i_b + o_f // BLOCK_C
-            p_f = Q + o_fb * stride_qb + (i_h * G + o_fc % G) * stride_qh + (o_fc // G).to(tl.int64) * stride_qs
-            m_f = ((o_fb < B) & (o_fc // G < S))[:, None] & (o_p < D // 2)[None, :]
-            # (F, P)
-            b_f1 = tl.load(p_f[:, None] + o_1[None, :] * stride_qd, mask=m_f, other=0.0).to(tl.float32)
-            b_f2 = tl.load(p_f[:, None] + o_2[None, :] * stride_qd, mask=m_f, other=0.0).to(tl.float32)
             o_rk = tl.arange(0, DELTA_ROWS * BLOCK_RK)
-            n_k, has_k, o_ka = _side_by_side(
+            n_k, has_k, o_ka = side_by_side(
                 INDEX, o_rk, i_b, zero, stride_kab, B, RK, BLOCK_RK, DELTA_ROWS, PER_ADAPTER
             )
-            p_up = KUP + (n_k * HK + i_h) * (RK * D) + (o_rk % BLOCK_RK) * D
-            m_up = has_k[:, None] & (o_p < D // 2)[None, :]
-            # (rows r, P)
-            b_u1 = tl.load(p_up[:, None] + o_1[None, :], mask=m_up, other=0.0).to(tl.float32)
-            b_u2 = tl.load(p_up[:, None] + o_2[None, :], mask=m_up, other=0.0).to(tl.float32)
-            # (rows, upper r, columns, lower r, P)
-            b_f1 = tl.reshape(b_f1, [DELTA_ROWS, COLUMNS, BLOCK_P])[:, None, :, None, :]
-            b_f2 = tl.reshape(b_f2, [DELTA_ROWS, COLUMNS, BLOCK_P])[:, None, :, None, :]
-            b_u1 = tl.reshape(b_u1, [DELTA_ROWS, R_HIGH, R_LOW, BLOCK_P])[:, :, None, :, :]
-            b_u2 = tl.reshape(b_u2, [DELTA_ROWS, R_HIGH, R_LOW, BLOCK_P])[:, :, None, :, :]
-            b_m1 = tl.reshape(b_f1 * b_u1 + b_f2 * b_u2, [FOLD * BLOCK_RK, BLOCK_P])
-            if COS is None:
-                b_w0 = tl.sum(b_m1, axis=1)
-            else:
-                if ROTARY < D:
-                    # Pairs that are not rotated weigh the same at every key.
-                    still = (o_p >= ROTARY // 2)[None, :]
-                    b_w0 = tl.sum(tl.where(still, b_m1, 0.0), axis=1)
-                    b_m1 = tl.where(still, 0.0, b_m1)
-                b_m1 = b_m1.to(dtype)
-                b_m2 = tl.reshape(b_f2 * b_u1 - b_f1 * b_u2, [FOLD * BLOCK_RK, BLOCK_P]).to(dtype)
+            if PREFETCH:
+                prefetch_rows(
+                    KUP + tl.where(has_k, (n_k * HK + i_h) * (RK * D) + (o_rk % BLOCK_RK) * D, 0), 1, D, BLOCK_D
+                )
+            b_m1, b_m2, b_w0 = fold_queries(
+                Q, KUP, n_k, has_k, stride_qb, stride_qh, stride_qs, stride_qd, i_b, i_h, i_m, B, S,
+                HK, G, D, RK, ROTARY, INTERLEAVED, COS is not None, FOLD, DELTA_ROWS, BLOCK_C, BLOCK_P, BLOCK_RK,
+            )  # fmt: skip
         else:
             CHUNK_RK: tl.constexpr = 64 if BLOCK_RK > 64 else BLOCK_RK
             o_rk = tl.arange(0, CHUNK_RK)
@@ -205,7 +160,9 @@ def split_kv_kernel(
             b_q2 = tl.load(p_q[None, :] + o_2[:, None] * stride_qd, mask=m_q, other=0.0)
     if VA is not None:
         o_rv = tl.arange(0, BLOCK_RV)
-        n_v, has_v, o_va = _side_by_side(INDEX, o_rv, i_b, zero, stride_vab, B, RV, PAD_RV, DELTA_ROWS, PER_ADAPTER)
+        n_v, has_v, o_va = side_by_side(INDEX, o_rv, i_b, zero, stride_vab, B, RV, PAD_RV, DELTA_ROWS, PER_ADAPTER)
+        if PREFETCH:
+            prefetch_rows(VUP + tl.where(has_v, (n_v * HK + i_h) * (RV * D) + (o_rv % PAD_RV) * D, 0), 1, D, BLOCK_D)
         b_pa = tl.zeros([BLOCK_RV, BLOCK_M], tl.float32)
 
     log2_scale = scale * LOG2_E
@@ -213,6 +170,10 @@ def split_kv_kernel(
     b_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # reduced over the keys once, after the loop
     b_o = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
 
+    if SCORES is not None:
+        p_e = SCORES + (tl.minimum(o_b, B - 1) * HK + i_h) * (scores_keys * BLOCK_C) + o_m % BLOCK_C  # (M,)
+    if WAIT:
+        gdc_wait()  # for the scores, which the kernel before writes
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         o_t = start + o_n
         inside = o_t < end
@@ -235,16 +196,10 @@ def split_kv_kernel(
                     KA + o_ka[None, :] + t * stride_kat + o_n[:, None] * stride_kat,
                     mask=inside[:, None] & has_k[None, :], other=0.0,
                 )  # fmt: skip
-                if COS is not None:
-                    b_w = tl.dot(b_cos.to(dtype), tl.trans(b_m1), input_precision=PRECISION)
-                    b_w = tl.dot(b_sin.to(dtype), tl.trans(b_m2), b_w, input_precision=PRECISION)
-                    if ROTARY < D:
-                        b_w += b_w0[None, :]
-                else:
-                    b_w = tl.zeros([BLOCK_N, FOLD * BLOCK_RK], tl.float32) + b_w0[None, :]
-                b_a = tl.reshape(b_a, [BLOCK_N, DELTA_ROWS, R_HIGH, R_LOW])[:, :, :, None, :].to(tl.float32)
-                b_w = tl.reshape(b_w, [BLOCK_N, DELTA_ROWS, R_HIGH, COLUMNS, R_LOW]) * b_a
-                b_e = tl.reshape(tl.sum(tl.sum(b_w, axis=4), axis=2), [BLOCK_N, FOLD])
+                b_e = folded_scores(
+                    b_cos if COS is not None else 0, b_sin if COS is not None else 0, b_a, b_m1, b_m2, b_w0,
+                    COS is not None, ROTARY < D, FOLD, DELTA_ROWS, BLOCK_N, BLOCK_RK, PRECISION,
+                )  # fmt: skip
                 if FOLD < BLOCK_M:
                     # The columns beyond are nobody's, and masked below: they may hold anything.
                     b_e = tl.broadcast_to(b_e[:, None, :], [BLOCK_N, BLOCK_M // FOLD, FOLD])
@@ -278,6 +233,12 @@ def split_kv_kernel(
                 b_e = tl.dot(b_e1.to(dtype), b_q1, input_precision=PRECISION)
                 b_e = tl.dot(b_e2.to(dtype), b_q2, b_e, input_precision=PRECISION)
 
+        if SCORES is not None:
+            # (N, M)
+            b_e = tl.load(
+                p_e[None, :] + (t * BLOCK_C + o_n[:, None] * BLOCK_C), mask=inside[:, None] & (o_row < ROWS)[None, :], other=0.0
+            )  # fmt: skip
+
         if GAIN is not None:
             if ROWS == 1:
                 p_g = i_b * stride_gb + i_h * stride_gh + o_t.to(tl.int64)[:, None] * stride_gt  # (N, 1)
@@ -286,9 +247,9 @@ def split_kv_kernel(
                 p_g = (o_b * stride_gb)[None, :] + i_h * stride_gh + o_t.to(tl.int64)[:, None] * stride_gt  # (N, M)
                 m_g = inside[:, None] & valid[None, :]
             b_s = b_s * tl.load(GAIN + p_g, mask=m_g, other=0.0).to(tl.float32)
-            if KA is not None:
+            if KA is not None or SCORES is not None:
                 b_e = b_e * tl.load(DELTA_GAIN + p_g, mask=m_g, other=0.0).to(tl.float32)
-        if KA is not None:
+        if KA is not None or SCORES is not None:
             b_s += b_e * log2_scale
         if HAS_SOFTCAP:
             b_s = log2_softcap(b_s, softcap)
@@ -336,7 +297,7 @@ def split_kv_kernel(
         for c in tl.static_range(0, BLOCK_RV // CHUNK):
             # The up-projections of a wide rank do not fit into shared memory at once.
             o_rv = c * CHUNK + tl.arange(0, CHUNK)
-            n_v, has_v, o_va = _side_by_side(INDEX, o_rv, i_b, zero, stride_vab, B, RV, PAD_RV, DELTA_ROWS, PER_ADAPTER)
+            n_v, has_v, o_va = side_by_side(INDEX, o_rv, i_b, zero, stride_vab, B, RV, PAD_RV, DELTA_ROWS, PER_ADAPTER)
             if CHUNK < BLOCK_RV:
                 b_c = tl.reshape(b_pa, [BLOCK_RV // CHUNK, CHUNK, BLOCK_M])
                 b_c = tl.sum(tl.where((tl.arange(0, BLOCK_RV // CHUNK) == c)[:, None, None], b_c, 0.0), axis=0)
@@ -398,8 +359,23 @@ def rows_per_program(x: Inputs, config: DecodeConfig) -> int:
     return rows
 
 
+def _same_entries(low_rank: torch.Tensor | None, adapter_index: torch.Tensor | None) -> bool:
+    """Whether all rows have the same low-rank entries and the same adapter."""
+    return low_rank is None or (adapter_index is None and low_rank.stride(0) == 0)
+
+
+def _scores_ahead(x: Inputs, config: DecodeConfig, scores: ScoresConfig) -> bool:
+    """Whether the low-rank scores are computed ahead: rows of one trunk, so many that fused ones would read it several times."""
+    columns = triton.next_power_of_2(x.S * x.G)
+    if x.key_low_rank is None or x.B < scores.min_rows or not _one_trunk(x) or x.sliding_window is not None:
+        return False
+    if columns > config.max_block_m or columns * triton.next_power_of_2(x.rk) > scores.max_folded:
+        return False
+    return rows_per_program(x, config) < rows_per_program(x.replace(key_low_rank=None, key_up=None), config)
+
+
 def split_kv_attention(
-    x: Inputs, config: DecodeConfig, num_splits: int | None = None
+    x: Inputs, config: DecodeConfig, num_splits: int | None = None, scores: ScoresConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of few queries over the split cache.
 
@@ -407,17 +383,20 @@ def split_kv_attention(
         x: the checked and normalised arguments.
         config: tile sizes; from ``tuning.decode_config``.
         num_splits: parts that the keys are split into; absent: from the shape and the number of multiprocessors.
+        scores: tile sizes of the low-rank scores of many rows, from ``tuning.scores_config``; absent: always fused.
 
     Returns:
         out (B, Hq, S, D) in the dtype of the query, lse (B, Hq, S) float32.
     """
-    rows = rows_per_program(x, config)
-    shared_delta = x.adapter_index is None and all(
-        a is None or a.stride(0) == 0 or rows == 1 for a in (x.key_low_rank, x.value_low_rank)
-    )
-    delta_rows = 1 if shared_delta else rows
     columns = x.S * x.G
     block_c = min(config.max_block_m, triton.next_power_of_2(columns))  # of each row
+    e, scores_keys = None, 0
+    if scores is not None and _scores_ahead(x, config, scores):
+        e = low_rank_scores(x, scores, block_c, not _same_entries(x.key_low_rank, x.adapter_index))
+        x, scores_keys = x.replace(key_low_rank=None, key_up=None, cos=None, sin=None), e.shape[2]
+    rows = rows_per_program(x, config)
+    shared_delta = rows == 1 or all(_same_entries(a, x.adapter_index) for a in (x.key_low_rank, x.value_low_rank))
+    delta_rows = 1 if shared_delta else rows
     num_m = triton.cdiv(columns, block_c)
     groups = triton.cdiv(x.B, rows)
     programs = x.Hk * num_m * groups
@@ -441,18 +420,21 @@ def split_kv_attention(
     if x.query.dtype != torch.float32 and config.block_n >= 64:
         # Hopper's wgmma takes 64 rows at least; with fewer, P a_v would fall back to mma.sync, in another layout.
         block_rv = max(64, block_rv)
+    dependent = e is not None and launches_dependents(x.query.device)
     launch(
         split_kv_kernel,
         (programs * num_splits,),
         x,
         out,
         lse,
-        dict(num_m=num_m, num_groups=groups, num_splits=num_splits),
+        dict(num_m=num_m, num_groups=groups, num_splits=num_splits, SCORES=e, scores_keys=scores_keys),
         dict(
             ROWS=rows, DELTA_ROWS=delta_rows, FOLDED=folded, PARTIAL=partial, BLOCK_M=block_m, BLOCK_C=block_c,
-            BLOCK_RK=block_rk, BLOCK_RV=block_rv, PAD_RV=pad_rv,
+            BLOCK_RK=block_rk, BLOCK_RV=block_rv, PAD_RV=pad_rv, WAIT=dependent,
+            PREFETCH=x.query.is_cuda and torch.version.hip is None,
         ),
         config,
+        **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     if partial:
         return merge_partials(out, lse, x.query.dtype, x.sinks)

@@ -19,7 +19,7 @@ from .tiles import aligned, pair_columns
 from .tuning import DispatchConfig, ExpandConfig, num_sms
 
 
-@triton.jit(do_not_specialize=["length", "num_t", "num_programs"])
+@triton.jit(do_not_specialize=["length", "num_t", "num_groups"])
 def expand_kernel(
     K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, OUT_K, OUT_V,
     stride_kb, stride_kh, stride_kt, stride_kd,
@@ -28,14 +28,17 @@ def expand_kernel(
     stride_vab, stride_vat,
     stride_cb, stride_ct, stride_cd,
     stride_gb, stride_gh, stride_gt,
-    length, num_t, num_programs,
+    length, num_t, num_groups,
     HK: tl.constexpr, D: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PER_ADAPTER: tl.constexpr,
     K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, KA_ALIGN: tl.constexpr, VA_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     CHUNK_RK: tl.constexpr, CHUNK_RV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One KV head and a run of token blocks of one row: reads the base once, writes K and V as the row's adapter sees them."""
+    """One block of tokens of one row and a group of KV heads: reads the base once, writes K and V as the row's adapter sees them.
+
+    The heads are the loop: cos/sin and the low-rank entries of the tokens are read once for all of them, and stay in registers.
+    """
     stride_kt = aligned(stride_kt, K_ALIGN)
     stride_kh = aligned(stride_kh, K_ALIGN)
     stride_kb = aligned(stride_kb, K_ALIGN)
@@ -48,51 +51,58 @@ def expand_kernel(
     stride_vab = aligned(stride_vab, VA_ALIGN)
     stride_ct = aligned(stride_ct, C_ALIGN)
     stride_cb = aligned(stride_cb, C_ALIGN)
-    # Heads fastest: cos/sin and low-rank entries come from device memory once and from L2 for the other heads.
     i = tl.program_id(0)
-    i_h = (i % HK).to(tl.int64)
-    i = i // HK
-    i_program = i % num_programs
-    i_b = (i // num_programs).to(tl.int64)
+    i_t = i % num_t
+    i = i // num_t
+    i_group = i % num_groups
+    i_b = (i // num_groups).to(tl.int64)
     zero = i_b * 0  # int64: what is added to it is addressed in 64 bits
     n = tl.load(INDEX + i_b).to(tl.int64) if INDEX is not None else zero
     # A base-model row reads nothing: its low-rank entries may be anything.
     rank_k = tl.where(n >= 0, RK, 0)
     rank_v = tl.where(n >= 0, RV, 0)
     n = tl.maximum(n, 0)
-    out = (i_b * HK + i_h) * length  # (B, Hk, length, D), contiguous
+    o_t = (i_t + zero) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = o_t < length
     o_p = tl.arange(0, BLOCK_P)
     o_d = tl.arange(0, BLOCK_D)
     o_rk = tl.arange(0, CHUNK_RK)
     o_rv = tl.arange(0, CHUNK_RV)
     o_1, o_2 = pair_columns(o_p, D, ROTARY, INTERLEAVED)
+    pair = o_p < D // 2
     if KA is not None:
         KA += (n if PER_ADAPTER else i_b) * stride_kab
-        KUP += (n * HK + i_h) * (RK * D)
         if RK <= CHUNK_RK:
-            m_up = (o_rk < RK)[:, None] & (o_p < D // 2)[None, :]
-            # (r, P) each
-            b_up1 = tl.load(KUP + o_rk[:, None] * D + o_1[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
-            b_up2 = tl.load(KUP + o_rk[:, None] * D + o_2[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
+            # (T, r)
+            b_ka = tl.load(
+                KA + o_t[:, None] * stride_kat + o_rk[None, :], mask=inside[:, None] & (o_rk < rank_k)[None, :], other=0.0
+            ).to(OUT_K.dtype.element_ty)  # fmt: skip
+        if COS is not None:
+            p_c = i_b * stride_cb + o_t[:, None] * stride_ct + o_p[None, :] * stride_cd
+            m_c = inside[:, None] & (o_p < ROTARY // 2)[None, :]
+            # (T, P) each; columns that are not rotated have angle 0
+            b_cos = tl.load(COS + p_c, mask=m_c, other=0.0)
+            b_sin = tl.load(SIN + p_c, mask=m_c, other=0.0)
+            if ROTARY < D:
+                b_cos = tl.where((o_p < ROTARY // 2)[None, :], b_cos, 1.0)
     if VA is not None:
         VA += (n if PER_ADAPTER else i_b) * stride_vab
-        VUP += (n * HK + i_h) * (RV * D)
         if RV <= CHUNK_RV:
-            m_up = (o_rv < RV)[:, None] & (o_d < D)[None, :]
-            # (r, D)
-            b_up = tl.load(VUP + o_rv[:, None] * D + o_d[None, :], mask=m_up, other=0.0).to(OUT_V.dtype.element_ty)
+            b_va = tl.load(
+                VA + o_t[:, None] * stride_vat + o_rv[None, :], mask=inside[:, None] & (o_rv < rank_v)[None, :], other=0.0
+            ).to(OUT_V.dtype.element_ty)  # fmt: skip
 
-    for i_t in tl.range(i_program * num_t // num_programs, (i_program + 1) * num_t // num_programs, num_stages=STAGES):
-        o_t = (i_t + zero) * BLOCK_T + tl.arange(0, BLOCK_T)
-        inside = o_t < length
+    for i_h in tl.range(i_group * HK // num_groups, (i_group + 1) * HK // num_groups, num_stages=STAGES):
+        h = i_h + zero
+        out = ((i_b * HK + h) * length + o_t)[:, None] * D  # (B, Hk, length, D), contiguous
         if OUT_K is not None:
-            m_k = inside[:, None] & (o_p < D // 2)[None, :]
-            p_k = K + i_b * stride_kb + i_h * stride_kh + o_t[:, None] * stride_kt
+            m_k = inside[:, None] & pair[None, :]
+            p_k = K + i_b * stride_kb + h * stride_kh + o_t[:, None] * stride_kt
             # (T, P) each
             b_k1 = tl.load(p_k + o_1[None, :] * stride_kd, mask=m_k, other=0.0).to(tl.float32)
             b_k2 = tl.load(p_k + o_2[None, :] * stride_kd, mask=m_k, other=0.0).to(tl.float32)
             if GAIN is not None:
-                p_g = i_b * stride_gb + i_h * stride_gh + o_t[:, None] * stride_gt
+                p_g = i_b * stride_gb + h * stride_gh + o_t[:, None] * stride_gt
                 b_gain = tl.load(GAIN + p_g, mask=inside[:, None], other=0.0).to(tl.float32)
                 b_k1 = b_k1 * b_gain
                 b_k2 = b_k2 * b_gain
@@ -100,28 +110,21 @@ def expand_kernel(
                 b_d1 = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
                 b_d2 = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
                 for c in tl.static_range(0, RK, CHUNK_RK):
-                    # (T, r)
-                    b_a = tl.load(
-                        KA + o_t[:, None] * stride_kat + (c + o_rk)[None, :],
-                        mask=inside[:, None] & (c + o_rk < rank_k)[None, :], other=0.0,
-                    ).to(OUT_K.dtype.element_ty)  # fmt: skip
                     if RK > CHUNK_RK:
-                        p_up = KUP + (c + o_rk)[:, None] * D
-                        m_up = (c + o_rk < RK)[:, None] & (o_p < D // 2)[None, :]
-                        # (r, P) each
-                        b_up1 = tl.load(p_up + o_1[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
-                        b_up2 = tl.load(p_up + o_2[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
-                    b_d1 = tl.dot(b_a, b_up1, b_d1, input_precision=PRECISION)
-                    b_d2 = tl.dot(b_a, b_up2, b_d2, input_precision=PRECISION)
+                        b_ka = tl.load(
+                            KA + o_t[:, None] * stride_kat + (c + o_rk)[None, :],
+                            mask=inside[:, None] & (c + o_rk < rank_k)[None, :], other=0.0,
+                        ).to(OUT_K.dtype.element_ty)  # fmt: skip
+                    p_up = KUP + (n * HK + h) * (RK * D) + (c + o_rk)[:, None] * D
+                    m_up = (c + o_rk < RK)[:, None] & pair[None, :]
+                    # (r, P) each
+                    b_up1 = tl.load(p_up + o_1[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
+                    b_up2 = tl.load(p_up + o_2[None, :], mask=m_up, other=0.0).to(OUT_K.dtype.element_ty)
+                    b_d1 = tl.dot(b_ka, b_up1, b_d1, input_precision=PRECISION)
+                    b_d2 = tl.dot(b_ka, b_up2, b_d2, input_precision=PRECISION)
                 if COS is not None:
-                    p_c = i_b * stride_cb + o_t[:, None] * stride_ct + o_p[None, :] * stride_cd
-                    m_c = inside[:, None] & (o_p < ROTARY // 2)[None, :]
-                    b_cos = tl.load(COS + p_c, mask=m_c, other=0.0).to(tl.float32)
-                    b_sin = tl.load(SIN + p_c, mask=m_c, other=0.0).to(tl.float32)
-                    if ROTARY < D:
-                        b_cos = tl.where((o_p < ROTARY // 2)[None, :], b_cos, 1.0)  # angle 0
-                    b_e1 = b_d1 * b_cos - b_d2 * b_sin
-                    b_e2 = b_d2 * b_cos + b_d1 * b_sin
+                    b_e1 = b_d1 * b_cos.to(tl.float32) - b_d2 * b_sin.to(tl.float32)
+                    b_e2 = b_d2 * b_cos.to(tl.float32) + b_d1 * b_sin.to(tl.float32)
                 else:
                     b_e1 = b_d1
                     b_e2 = b_d2
@@ -131,29 +134,36 @@ def expand_kernel(
                     b_e2 = b_e2 * b_dgain
                 b_k1 = b_k1 + b_e1
                 b_k2 = b_k2 + b_e2
-            p_o = OUT_K + (out + o_t)[:, None] * D
-            tl.store(p_o + o_1[None, :], b_k1.to(OUT_K.dtype.element_ty), mask=m_k)
-            tl.store(p_o + o_2[None, :], b_k2.to(OUT_K.dtype.element_ty), mask=m_k)
+            b_k1 = b_k1.to(OUT_K.dtype.element_ty)
+            b_k2 = b_k2.to(OUT_K.dtype.element_ty)
+            if ROTARY == D and 2 * BLOCK_P == BLOCK_D:
+                # One store of whole rows: one change of layout instead of two.
+                b_k = tl.join(b_k1, b_k2)  # (T, P, 2)
+                if not INTERLEAVED:
+                    b_k = tl.permute(b_k, (0, 2, 1))
+                b_k = tl.reshape(b_k, [BLOCK_T, BLOCK_D])
+                tl.store(OUT_K + out + o_d[None, :], b_k, mask=inside[:, None] & (o_d < D)[None, :])
+            else:
+                tl.store(OUT_K + out + o_1[None, :], b_k1, mask=m_k)
+                tl.store(OUT_K + out + o_2[None, :], b_k2, mask=m_k)
 
         if OUT_V is not None:
             m_v = inside[:, None] & (o_d < D)[None, :]
-            p_v = V + i_b * stride_vb + i_h * stride_vh + o_t[:, None] * stride_vt + o_d[None, :] * stride_vd
+            p_v = V + i_b * stride_vb + h * stride_vh + o_t[:, None] * stride_vt + o_d[None, :] * stride_vd
             # (T, D)
             b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
             for c in tl.static_range(0, RV, CHUNK_RV):
-                # (T, r)
-                b_a = tl.load(
-                    VA + o_t[:, None] * stride_vat + (c + o_rv)[None, :],
-                    mask=inside[:, None] & (c + o_rv < rank_v)[None, :], other=0.0,
-                ).to(OUT_V.dtype.element_ty)  # fmt: skip
                 if RV > CHUNK_RV:
-                    m_up = (c + o_rv < RV)[:, None] & (o_d < D)[None, :]
-                    # (r, D)
-                    b_up = tl.load(VUP + (c + o_rv)[:, None] * D + o_d[None, :], mask=m_up, other=0.0).to(
-                        OUT_V.dtype.element_ty
-                    )
-                b_v = tl.dot(b_a, b_up, b_v, input_precision=PRECISION)
-            tl.store(OUT_V + (out + o_t)[:, None] * D + o_d[None, :], b_v.to(OUT_V.dtype.element_ty), mask=m_v)
+                    b_va = tl.load(
+                        VA + o_t[:, None] * stride_vat + (c + o_rv)[None, :],
+                        mask=inside[:, None] & (c + o_rv < rank_v)[None, :], other=0.0,
+                    ).to(OUT_V.dtype.element_ty)  # fmt: skip
+                p_up = VUP + (n * HK + h) * (RV * D) + (c + o_rv)[:, None] * D + o_d[None, :]
+                m_up = (c + o_rv < RV)[:, None] & (o_d < D)[None, :]
+                # (r, D)
+                b_up = tl.load(p_up, mask=m_up, other=0.0).to(OUT_V.dtype.element_ty)
+                b_v = tl.dot(b_va, b_up, b_v, input_precision=PRECISION)
+            tl.store(OUT_V + out + o_d[None, :], b_v.to(OUT_V.dtype.element_ty), mask=m_v)
 
 
 def expand(x: Inputs, length: int, config: ExpandConfig, with_value: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,17 +184,18 @@ def expand(x: Inputs, length: int, config: ExpandConfig, with_value: bool = True
         out_v = torch.empty(shape, dtype=x.query.dtype, device=x.query.device)
     if (out_k is not None or out_v is not None) and length and x.B:
         num_t = triton.cdiv(length, config.block_t)
-        num_programs = max(1, min(num_t, num_sms(x.query.device) * config.programs_per_sm // (x.B * x.Hk)))
+        # All heads in one program, as long as there are enough programs.
+        num_groups = max(1, min(x.Hk, num_sms(x.query.device) * config.programs_per_sm // (x.B * num_t)))
         value_low_rank = x.value_low_rank if with_value else None
 
         def strides(tensor: torch.Tensor | None, n: int) -> tuple[int, ...]:
             return (0,) * n if tensor is None else tensor.stride()[:n]
 
-        expand_kernel[(x.Hk * num_programs * x.B,)](
+        expand_kernel[(num_t * num_groups * x.B,)](
             x.key, x.value, x.key_low_rank, x.key_up, value_low_rank, x.value_up, x.adapter_index, x.cos, x.sin,
             x.key_gain, x.key_delta_gain, out_k, out_v,
             *x.key.stride(), *x.value.stride(), *strides(x.key_low_rank, 2), *strides(value_low_rank, 2),
-            *strides(x.cos, 3), *strides(x.key_gain, 3), length, num_t, num_programs,
+            *strides(x.cos, 3), *strides(x.key_gain, 3), length, num_t, num_groups,
             HK=x.Hk, D=x.D, RK=x.rk, RV=x.rv, ROTARY=x.rotary_dim, INTERLEAVED=x.rotary_interleaved,
             PER_ADAPTER=x.low_rank_per_adapter and x.adapter_index is not None,
             **alignments(x),

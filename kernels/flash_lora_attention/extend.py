@@ -37,7 +37,7 @@ def extend_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, FLOAT_MASK: tl.constexpr, PER_ADAPTER: tl.constexpr,
     K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, KA_ALIGN: tl.constexpr, VA_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
-    C_WIDTH: tl.constexpr, PARTIAL: tl.constexpr,
+    C_WIDTH: tl.constexpr, PARTIAL: tl.constexpr, RAW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_RK: tl.constexpr, BLOCK_RV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +189,8 @@ def extend_kernel(
             b_s = tl.dot(b_q1, tl.trans(b_k1.to(dtype)), input_precision=PRECISION)  # (M, N)
             b_s = tl.dot(b_q2, tl.trans(b_k2.to(dtype)), b_s, input_precision=PRECISION)
 
-        b_s = b_s * (scale * LOG2_E)
+        if not RAW:
+            b_s = b_s * (scale * LOG2_E)
         if HAS_SOFTCAP:
             b_s = log2_softcap(b_s, softcap)
         if start >= middle:
@@ -206,8 +207,13 @@ def extend_kernel(
 
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
         b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen yet: exp2(-inf - 0), not -inf - -inf
-        b_p = tl.exp2(b_s - b_ref[:, None])
-        b_scale = tl.exp2(b_max - b_ref)
+        if RAW:
+            # Scaled within the exponent, where it costs nothing: one fused multiply-add per score.
+            b_p = tl.exp2(b_s * (scale * LOG2_E) - (b_ref * (scale * LOG2_E))[:, None])
+            b_scale = tl.exp2((b_max - b_ref) * (scale * LOG2_E))
+        else:
+            b_p = tl.exp2(b_s - b_ref[:, None])
+            b_scale = tl.exp2(b_max - b_ref)
         b_max = b_new
         b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
         b_p = b_p.to(dtype)
@@ -241,7 +247,7 @@ def extend_kernel(
         b_o = tl.dot(b_high, b_up, b_o, input_precision=PRECISION)
         if dtype != tl.float32:
             b_o = tl.dot((b_pa - b_high.to(tl.float32)).to(dtype), b_up, b_o, input_precision=PRECISION)
-    b_lse = tl.where(b_sum > 0.0, b_max * LN_2 + tl.log(b_div), float("-inf"))
+    b_lse = tl.where(b_sum > 0.0, b_max * (scale if RAW else LN_2) + tl.log(b_div), float("-inf"))
     if not PARTIAL and SINKS is not None:
         b_sink = tl.load(SINKS + o_hq).to(tl.float32)
         b_both = tl.maximum(b_lse, b_sink)
@@ -280,6 +286,9 @@ def extend_attention(
     out = torch.empty((*shape, x.D), dtype=torch.float32 if partial else x.query.dtype, device=x.query.device)
     lse = torch.empty(shape, dtype=torch.float32, device=x.query.device)
     block_rk, block_rv = (max(16, triton.next_power_of_2(r)) for r in (x.rk, x.rv))
+    # Maxima of unscaled scores are those of the scaled ones.
+    float_mask = x.attention_mask is not None and x.attention_mask.is_floating_point()
+    raw = x.scale > 0 and x.softcap is None and not float_mask
     dependent = after_expansion and launches_dependents(x.query.device)
     launch(
         extend_kernel,
@@ -288,7 +297,7 @@ def extend_attention(
         out,
         lse,
         dict(num_m=num_m, num_splits=num_splits),
-        dict(PARTIAL=partial, BLOCK_M=config.block_m, BLOCK_RK=block_rk, BLOCK_RV=block_rv, WAIT=dependent),
+        dict(PARTIAL=partial, BLOCK_M=config.block_m, BLOCK_RK=block_rk, BLOCK_RV=block_rv, WAIT=dependent, RAW=raw),
         config,
         **({"launch_pdl": True} if dependent else {}),
     )

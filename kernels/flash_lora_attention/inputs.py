@@ -203,7 +203,7 @@ _fitting: dict[tuple, tuple[int, int]] = {}
 
 
 def launch(
-    kernel, grid, x: Inputs, out: torch.Tensor, lse: torch.Tensor, runtime: dict, meta: dict, config, **options
+    kernel, grid, x: Inputs, out: torch.Tensor, lse: torch.Tensor | None, runtime: dict, meta: dict, config, **options
 ) -> None:
     """Launch an attention kernel on all arguments, with smaller tiles where the configured ones do not fit the device.
 

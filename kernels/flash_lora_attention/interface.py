@@ -142,7 +142,7 @@ def dispatch(x) -> tuple[torch.Tensor, torch.Tensor]:
     from .decode import split_kv_attention, variant
     from .expand import expanded, sdpa_attention, sdpa_can_express
     from .extend import extend_attention
-    from .tuning import decode_config, dispatch_config, expand_config, extend_config
+    from .tuning import decode_config, dispatch_config, expand_config, extend_config, scores_config
 
     case = (x.query.device, x.query.dtype, x.D)
     config = dispatch_config(*case)
@@ -151,7 +151,7 @@ def dispatch(x) -> tuple[torch.Tensor, torch.Tensor]:
         if max(x.rk, x.rv) * x.D * x.query.element_size() > config.split_kv_up_bytes:
             # They have no room in shared memory beside a tile, or not in registers.
             x = expanded(x, length, expand_config(*case))
-        return split_kv_attention(x, decode_config(*case, variant(x)))
+        return split_kv_attention(x, decode_config(*case, variant(x)), scores=scores_config(*case))
     if x.query.is_cuda and x.S >= config.sdpa_queries and sdpa_can_express(x):
         return sdpa_attention(x, expand_config(*case), config)
     has_key_lora = x.key_low_rank is not None

@@ -31,10 +31,23 @@ class DecodeConfig:
     programs_per_sm: int  # splits are chosen so that about this many programs run on each multiprocessor
     min_tiles: int = 1  # tiles per split, at least
     max_block_m: int = 64  # query columns per program, at most
-    block_m_rows: int = 16  # query columns up to which rows of one trunk are packed into a program
-    max_rows: int = 4  # and rows per program, at most
+    block_m_rows: int = 32  # query columns up to which rows of one trunk are packed into a program
+    max_rows: int = 8  # and rows per program, at most
     max_folded: int = 128  # columns of the folded product (query columns x rank), at most; above, K is expanded on chip
     precision: str = "ieee"  # of float32 products
+
+
+@dataclass(frozen=True)
+class ScoresConfig:
+    """Tiles of ``low_rank_scores_kernel``."""
+
+    block_n: int  # keys per tile
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    max_folded: int  # columns of the folded product (query columns x rank), at most
+    min_rows: int  # rows of one trunk from which on their low-rank scores are computed ahead
+    precision: str = "ieee"
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,12 @@ def decode_config(device: torch.device, dtype: torch.dtype, head_size: int, vari
     entry = dict(_entry(device, "decode", dtype, head_size))
     rows = entry.pop("rows", {})
     return DecodeConfig(**entry | (rows if variant == "rows" else {}))
+
+
+@functools.cache
+def scores_config(device: torch.device, dtype: torch.dtype, head_size: int) -> ScoresConfig:
+    """Tiles of the kernel for low-rank scores of many rows, for a device, dtype and head size."""
+    return ScoresConfig(**_entry(device, "scores", dtype, head_size))
 
 
 @functools.cache

@@ -127,6 +127,7 @@ GRID = {
     "trunk": dict(n=3, B=5, lr="adapter", trunk=True),
     "trunk_rows": dict(n=2, B=3, lr="row", trunk=True),
     "trunk_one": dict(n=1, B=3, lr="one", trunk=True),
+    "eight_rows": dict(n=8, B=8, lr="adapter", trunk=True),
     "trunk_gains": dict(n=2, B=3, lr="row", trunk=True, gains="rows"),
     "trunk_lengths": dict(n=2, B=3, lr="row", trunk=True, length="rows"),
     "full_width": dict(rope="full"),

@@ -19,7 +19,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from flash_lora_attention import decode, expand, extend, tuning
+from flash_lora_attention import decode, expand, extend, fold, tuning
 
 from .cases import GRID, make
 from .test_interpreter import prepared
@@ -79,7 +79,7 @@ def main() -> None:
     driver.set_active(Hopper())
     file = Path(tuning.__file__).parent / "configs/nvidia_h100_80gb_hbm3.json"
     tuning._config = lambda index: json.loads(file.read_text())
-    for module in (decode, extend, expand):
+    for module in (decode, extend, expand, fold):
         module.num_sms = lambda device: 132
     cpu, dtype = torch.device("cpu"), torch.bfloat16
     for case in sys.argv[1:]:
@@ -89,6 +89,12 @@ def main() -> None:
         compiled.clear()
         if kernel == "decode":
             decode.split_kv_attention(x, tuning.decode_config(cpu, dtype, int(D), decode.variant(x)))
+        elif kernel in ("scores", "after_scores"):
+            config = tuning.decode_config(cpu, dtype, int(D), decode.variant(x))
+            decode.split_kv_attention(x, config, scores=tuning.scores_config(cpu, dtype, int(D)))
+            assert len(compiled) == 3, "scores, attention, merge"
+            if kernel == "after_scores":
+                compiled.pop(0)
         elif kernel == "extend":
             extend.extend_attention(x, tuning.extend_config(cpu, dtype, int(D)))
         else:

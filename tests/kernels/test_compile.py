@@ -21,7 +21,7 @@ CASES = [
     "decode:plain:64:1", "decode:plain:80:1", "decode:rank_8:64:1", "decode:rank_3:64:1", "decode:partial_interleaved:64:1",
     "decode:interleaved_full:64:1", "decode:strided:64:1", "extend:plain:128:37", "extend:value_only:128:37",
     "extend:base:128:37", "extend:rank_3:64:37", "extend:rank_8:64:37", "extend:window:64:37", "extend:plain:80:37",
-    "expand:plain:128:37",
+    "expand:plain:128:37", "scores:eight_rows:128:1", "after_scores:eight_rows:128:1", "scores:eight_rows:64:1",
 ]  # fmt: skip
 
 

@@ -56,6 +56,21 @@ def test_rows_of_one_trunk(n):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(r=8), dict(r=32), dict(r=3), dict(D=64), dict(D=80), dict(D=256), dict(rope="interleaved", rotary_dim=64),
+        dict(rope=None), dict(gains="rows"), dict(length="rows"), dict(softcap=3.0, sinks=True, mask="padding"), dict(S=2),
+        dict(B=5), dict(B=11), dict(val=False), dict(layout="strided"), dict(Hk=8, G=1, r=64),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_many_rows_of_one_trunk(options, dtype):
+    common = dict(B=8, n=8, trunk=True, lr="adapter", D=128, G=4, r=16, T=1111, dtype=dtype)
+    run_and_check(**{**common, **options})
+
+
 @pytest.mark.parametrize("queries", [1, 129])
 def test_two_runs_are_equal(queries):
     qkv, a = make(S=queries, D=128, G=4, T=9001, B=1, dtype=torch.bfloat16, device="cuda")

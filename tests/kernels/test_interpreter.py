@@ -26,7 +26,8 @@ def prepared(qkv, a):
     ))  # fmt: skip
     fixed = dict(low_rank_per_adapter=False, is_causal=True, rotary_interleaved=False)
     given = {k: v for k, v in a.items() if k not in ("rotary_dim", "key_length")}
-    problem = Problem(a.get("key_length") or qkv[1].shape[2], a.get("rotary_dim") or qkv[0].shape[-1], 1)
+    length = a.get("key_length")
+    problem = Problem(qkv[1].shape[2] if length is None else length, a.get("rotary_dim") or qkv[0].shape[-1], 1)
     return prepare(problem, *qkv, **{**optional, **fixed, **given})
 
 
@@ -60,6 +61,32 @@ def test_folded_product(name, queries):
 
     qkv, a = make(S=queries, **GRID[name])
     check(*split_kv_attention(prepared(qkv, a), DecodeConfig(32, 4, 1, 2, max_folded=1024)), qkv, a)
+
+
+@pytest.mark.parametrize("max_folded", [16, 128])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(), dict(n=2), dict(n=2, lr="adapter"), dict(lr="one"), dict(n=2, gains="rows"), dict(n=2, length="rows"),
+        dict(rope=None), dict(rope="interleaved", rotary_dim=8), dict(rope="full", rotary_dim=8), dict(val=False),
+        dict(n=2, mask="padding", sinks=True, softcap=3.0), dict(layout="strided"), dict(length=40),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_scores_ahead(options, queries, max_folded):
+    """Many rows of one trunk: their low-rank scores come from a kernel of their own."""
+    from flash_lora_attention import decode
+    from flash_lora_attention.tuning import DecodeConfig, ScoresConfig
+
+    qkv, a = make(**{**dict(B=5, r=2, S=queries, trunk=True), **options})
+    x = prepared(qkv, a)
+    config, scores = (
+        DecodeConfig(32, 4, 1, 2, max_folded=8),
+        ScoresConfig(32, 4, 1, 2, max_folded=max_folded, min_rows=2),
+    )
+    assert decode._scores_ahead(x, config, scores)
+    check(*decode.split_kv_attention(x, config, scores=scores), qkv, a)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7])
