@@ -30,8 +30,10 @@ from .tuning import DecodeConfig, ScoresConfig, num_sms
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+# A single row, query or group is worth a kernel of its own: half of its index arithmetic is gone.
 @triton.jit(
-    do_not_specialize=["B", "S", "T", "key_length", "window", "num_m", "num_groups", "num_splits", "scores_keys"]
+    do_not_specialize=["T", "key_length", "window", "num_splits", "scores_keys"],
+    do_not_specialize_on_alignment=["B", "S", "num_m", "num_groups"],
 )
 def split_kv_kernel(
     Q, K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, SINKS, MASK, LENGTH, OUT, LSE,
@@ -138,10 +140,6 @@ def split_kv_kernel(
             n_k, has_k, o_ka = side_by_side(
                 INDEX, o_rk, i_b, zero, stride_kab, B, RK, BLOCK_RK, DELTA_ROWS, PER_ADAPTER
             )
-            if PREFETCH:
-                prefetch_rows(
-                    KUP + tl.where(has_k, (n_k * HK + i_h) * (RK * D) + (o_rk % BLOCK_RK) * D, 0), 1, D, BLOCK_D
-                )
             b_m1, b_m2, b_w0 = fold_queries(
                 Q, KUP, n_k, has_k, stride_qb, stride_qh, stride_qs, stride_qd, i_b, i_h, i_m, B, S,
                 HK, G, D, RK, ROTARY, INTERLEAVED, COS is not None, FOLD, DELTA_ROWS, BLOCK_C, BLOCK_P, BLOCK_RK,

@@ -136,7 +136,7 @@ def expand_kernel(
                 b_k2 = b_k2 + b_e2
             b_k1 = b_k1.to(OUT_K.dtype.element_ty)
             b_k2 = b_k2.to(OUT_K.dtype.element_ty)
-            if ROTARY == D and 2 * BLOCK_P == BLOCK_D:
+            if ROTARY == D and BLOCK_D == D and 2 * BLOCK_P == D:
                 # One store of whole rows: one change of layout instead of two.
                 b_k = tl.join(b_k1, b_k2)  # (T, P, 2)
                 if not INTERLEAVED:

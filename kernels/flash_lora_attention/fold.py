@@ -50,6 +50,12 @@ def side_by_side(
 
 
 @triton.jit
+def _halves(x, N: tl.constexpr, P: tl.constexpr):
+    """The two halves (N, P) of rows (N, 2 P)."""
+    return tl.split(tl.permute(tl.reshape(x, [N, 2, P]), (0, 2, 1)))
+
+
+@triton.jit
 def fold_queries(
     Q, KUP, n_k, has_k, stride_qb, stride_qh, stride_qs, stride_qd, i_b, i_h, i_m, B, S,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -67,26 +73,32 @@ def fold_queries(
     R_HIGH: tl.constexpr = BLOCK_RK // R_LOW
     o_p = tl.arange(0, BLOCK_P)
     o_1, o_2 = pair_columns(o_p, D, ROTARY, INTERLEAVED)
-    pair = (o_p < D // 2)[None, :]
     o_f = tl.arange(0, FOLD)
     o_fc = i_m * BLOCK_C + o_f % BLOCK_C
     o_fb = i_b + o_f // BLOCK_C
     p_f = Q + o_fb * stride_qb + (i_h * G + o_fc % G) * stride_qh + (o_fc // G).to(tl.int64) * stride_qs
-    m_f = ((o_fb < B) & (o_fc // G < S))[:, None] & pair
-    # (F, P)
-    b_f1 = tl.load(p_f[:, None] + o_1[None, :] * stride_qd, mask=m_f, other=0.0).to(tl.float32)
-    b_f2 = tl.load(p_f[:, None] + o_2[None, :] * stride_qd, mask=m_f, other=0.0).to(tl.float32)
+    m_f = (o_fb < B) & (o_fc // G < S)
     o_rk = tl.arange(0, DELTA_ROWS * BLOCK_RK)
     p_up = KUP + (n_k * HK + i_h) * (RK * D) + (o_rk % BLOCK_RK) * D
-    m_up = has_k[:, None] & pair
-    # (rows r, P)
-    b_u1 = tl.load(p_up[:, None] + o_1[None, :], mask=m_up, other=0.0).to(tl.float32)
-    b_u2 = tl.load(p_up[:, None] + o_2[None, :], mask=m_up, other=0.0).to(tl.float32)
+    # (F, P) and (rows r, P), two each
+    if ROTARY == D and not INTERLEAVED and 2 * BLOCK_P == D:
+        # Whole rows, taken apart once all are on their way: the compiler waits for each load whose layout is changed at once.
+        o_d = tl.arange(0, D)
+        b_f = tl.load(p_f[:, None] + o_d[None, :] * stride_qd, mask=m_f[:, None], other=0.0)
+        b_u = tl.load(p_up[:, None] + o_d[None, :], mask=has_k[:, None], other=0.0)
+        b_f1, b_f2 = _halves(b_f, FOLD, BLOCK_P)
+        b_u1, b_u2 = _halves(b_u, DELTA_ROWS * BLOCK_RK, BLOCK_P)
+    else:
+        pair = (o_p < D // 2)[None, :]
+        b_f1 = tl.load(p_f[:, None] + o_1[None, :] * stride_qd, mask=m_f[:, None] & pair, other=0.0)
+        b_f2 = tl.load(p_f[:, None] + o_2[None, :] * stride_qd, mask=m_f[:, None] & pair, other=0.0)
+        b_u1 = tl.load(p_up[:, None] + o_1[None, :], mask=has_k[:, None] & pair, other=0.0)
+        b_u2 = tl.load(p_up[:, None] + o_2[None, :], mask=has_k[:, None] & pair, other=0.0)
     # (rows, upper r, columns, lower r, P)
-    b_f1 = tl.reshape(b_f1, [DELTA_ROWS, COLUMNS, BLOCK_P])[:, None, :, None, :]
-    b_f2 = tl.reshape(b_f2, [DELTA_ROWS, COLUMNS, BLOCK_P])[:, None, :, None, :]
-    b_u1 = tl.reshape(b_u1, [DELTA_ROWS, R_HIGH, R_LOW, BLOCK_P])[:, :, None, :, :]
-    b_u2 = tl.reshape(b_u2, [DELTA_ROWS, R_HIGH, R_LOW, BLOCK_P])[:, :, None, :, :]
+    b_f1 = tl.reshape(b_f1, [DELTA_ROWS, COLUMNS, BLOCK_P])[:, None, :, None, :].to(tl.float32)
+    b_f2 = tl.reshape(b_f2, [DELTA_ROWS, COLUMNS, BLOCK_P])[:, None, :, None, :].to(tl.float32)
+    b_u1 = tl.reshape(b_u1, [DELTA_ROWS, R_HIGH, R_LOW, BLOCK_P])[:, :, None, :, :].to(tl.float32)
+    b_u2 = tl.reshape(b_u2, [DELTA_ROWS, R_HIGH, R_LOW, BLOCK_P])[:, :, None, :, :].to(tl.float32)
     b_m1 = tl.reshape(b_f1 * b_u1 + b_f2 * b_u2, [FOLD * BLOCK_RK, BLOCK_P])
     b_m2 = tl.reshape(b_f2 * b_u1 - b_f1 * b_u2, [FOLD * BLOCK_RK, BLOCK_P])
     still = (o_p >= (ROTARY // 2 if HAS_COS else 0))[None, :]

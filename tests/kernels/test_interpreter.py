@@ -102,7 +102,9 @@ def test_split_count_does_not_matter(num_splits):
     check(*extend_attention(x, extend_config(*case), num_splits), qkv, a)
 
 
-@pytest.mark.parametrize("name", ["adapters_own_lr", "gains", "partial", "interleaved", "gains_without_lr", "rank_70"])
+@pytest.mark.parametrize(
+    "name", ["adapters_own_lr", "gains", "partial", "interleaved", "gains_without_lr", "rank_70", "head_size_20"]
+)
 def test_expand(name):
     from flash_lora_attention.expand import expand
     from flash_lora_attention.tuning import ExpandConfig
