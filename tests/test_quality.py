@@ -15,6 +15,7 @@ pytest.importorskip("tqdm")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "quality")]
 import replay  # noqa: E402
+import what_if  # noqa: E402
 
 from .tiny import activate, agents_model, copy_adapter, reference, tiny_llama, with_adapters  # noqa: E402
 
@@ -148,3 +149,36 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     assert summary["about"]["episodes"] == 2
     assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 2 * 4 * 6
     assert "base_lr_shared" in capsys.readouterr().out
+
+
+def test_simulation_by_hooks_agrees_with_the_cache():
+    """Independent of the cache: hooks on plain PEFT, the whole text at every turn."""
+    texts = [replay.encode(Letters(), e) for e in (episode(), episode("two", " Twice."))]
+    model = agents_model(ROLES)
+    layers = range(model.config.num_hidden_layers)
+    variants = dict(base_shared={}, neutral=dict(neutral=True), private=dict(private=layers), first=dict(private=[0]))
+    simulated = [row for text in texts for row in what_if.simulate(model, text, variants)]
+
+    def nll(rows, policy):
+        return torch.tensor([row["nll"] for row in rows if row["policy"] == policy], dtype=torch.float64)
+
+    exact = nll(simulated, "non_shared")
+    # All layers private: exact. The first one: no difference, its K and V are exact anyway.
+    torch.testing.assert_close(nll(simulated, "private"), exact, rtol=0, atol=1e-9)
+    torch.testing.assert_close(nll(simulated, "first"), nll(simulated, "base_shared"), rtol=0, atol=1e-9)
+    assert (nll(simulated, "base_shared") - exact).abs().max() > 1e-3
+    assert (nll(simulated, "neutral") - nll(simulated, "base_shared")).abs().max() > 1e-3
+    rows = [row for text in texts for row in replay.replay(model, text, ["non_shared", "base_shared"], chunk=7)]
+    for policy in ("base_model", "non_shared", "base_shared"):
+        torch.testing.assert_close(nll(simulated, policy), nll(rows, policy), rtol=0, atol=1e-6)
+
+
+def test_the_simulation_script(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(episode(n)) for n in ("one", "two")))
+    monkeypatch.setattr(what_if, "load", lambda folder, name, dtype, device: (agents_model(ROLES), Letters()))
+    out = tmp_path / "out"
+    what_if.main(["--data", str(tmp_path / "data.jsonl"), "--output", str(out), "--private", "1-1", "--neutral"])
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == {"base_model", "non_shared", "base_shared", "neutral", "private 1-1"}
+    assert summary["private 1-1"]["all"]["texts"] == 2
+    assert "private 1-1" in capsys.readouterr().out
