@@ -96,17 +96,19 @@ def main() -> None:
             work = [dict(T=32768, B=8, n=8, trunk=True, **common)]
             rows = [tuning.DecodeConfig(**entry | dict(max_rows=m, max_folded=f)) for m, f in ROWS]
             fused = fastest(f"decode {name} rows", work, rows, split_kv_attention)
-            ahead = tuning.DecodeConfig(**entry | dict(max_rows=8, max_folded=fused.get("max_folded", 128)))
+            # Written out, defaults too: what the entry for single rows says must not take their place.
+            chosen = tuning.DecodeConfig(**fused)
+            ahead = tuning.DecodeConfig(**entry | dict(max_rows=8, max_folded=chosen.max_folded))
             # The last of them never computes scores ahead.
             result["scores"][bits][str(D)] = scores = fastest(
                 f"scores {name}", work, [tuning.ScoresConfig(*c) for c in SCORES],
                 lambda x, config, ahead=ahead: split_kv_attention(x, ahead, scores=config),
             )  # fmt: skip
             if scores["min_rows"] < 1 << 30:
-                fused = dict(max_rows=ahead.max_rows, max_folded=ahead.max_folded)
-            else:
-                fused = {f: v for f, v in fused.items() if entry.get(f) != v}
-            result["decode"][bits][str(D)] = entry | {"rows": fused}
+                chosen = ahead
+            result["decode"][bits][str(D)] = entry | {
+                "rows": dict(max_rows=chosen.max_rows, max_folded=chosen.max_folded)
+            }
             work = [dict(S=s, T=16384, **common) for s in (32, 128)]
             result["extend"][bits][str(D)] = fastest(f"extend {name}", work, extend, extend_attention)
             work = [dict(T=16384, **common)]

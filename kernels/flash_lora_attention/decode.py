@@ -343,13 +343,17 @@ def variant(x: Inputs) -> str | None:
     return "rows" if _one_trunk(x) else None
 
 
-def rows_per_program(x: Inputs, config: DecodeConfig) -> int:
-    """Rows of one trunk that one program takes: as many as its products have columns for."""
+def rows_per_program(x: Inputs, config: DecodeConfig, fused: bool = True) -> int:
+    """Rows of one trunk that one program takes: as many as its products have columns for.
+
+    Args:
+        fused: whether the low-rank scores, if there are any, are computed in the same program.
+    """
     if not _one_trunk(x):
         return 1
     columns = triton.next_power_of_2(x.G * x.S)
     fit = min(config.max_rows, config.block_m_rows // columns, 128 // triton.next_power_of_2(x.rv))
-    if x.key_low_rank is not None:
+    if fused and x.key_low_rank is not None:
         fit = min(fit, config.max_folded // (columns * triton.next_power_of_2(x.rk)))
     rows = 1
     while rows * 2 <= fit and rows < x.B:
@@ -369,7 +373,7 @@ def _scores_ahead(x: Inputs, config: DecodeConfig, scores: ScoresConfig) -> bool
         return False
     if columns > config.max_block_m or columns * triton.next_power_of_2(x.rk) > scores.max_folded:
         return False
-    return rows_per_program(x, config) < rows_per_program(x.replace(key_low_rank=None, key_up=None), config)
+    return rows_per_program(x, config) < rows_per_program(x, config, fused=False)
 
 
 def split_kv_attention(

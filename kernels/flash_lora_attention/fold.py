@@ -194,20 +194,9 @@ def low_rank_scores_kernel(
             mask=inside[:, None] & has_k[None, :], other=0.0,
         )  # fmt: skip
         b_e = folded_scores(
-            b_cos,
-            b_sin,
-            b_a,
-            b_m1,
-            b_m2,
-            b_w0,
-            COS is not None,
-            ROTARY < D,
-            FOLD,
-            DELTA_ROWS,
-            BLOCK_N,
-            BLOCK_RK,
-            PRECISION,
-        )
+            b_cos, b_sin, b_a, b_m1, b_m2, b_w0,
+            COS is not None, ROTARY < D, FOLD, DELTA_ROWS, BLOCK_N, BLOCK_RK, PRECISION,
+        )  # fmt: skip
         p_e = p_out[None, :] + (t * BLOCK_C + o_n[:, None] * BLOCK_C)
         tl.store(p_e, b_e, mask=inside[:, None] & valid[None, :])
 
