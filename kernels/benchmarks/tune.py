@@ -3,12 +3,14 @@
     PYTHONPATH=kernels python kernels/benchmarks/tune.py
 
 Tries a short list of tile shapes per kernel, dtype and head size on representative lengths, and keeps the fastest by the
-geometric mean. Crossovers between the paths (``dispatch``) are copied from the default: read them off the table that
-``benchmark.py`` prints and edit the file.
+geometric mean. What is not tuned in a run (``--dtypes``, ``--head-sizes``) stays as the file has it. Crossovers between the paths
+(``dispatch``) come from the file or the default: read them off the table that ``benchmark.py`` prints and edit the file.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import json
 import math
 import re
@@ -74,21 +76,33 @@ def fastest(name: str, problems: list[dict], configs: list, run) -> dict:
     return {f.name: getattr(best, f.name) for f in fields if getattr(best, f.name) != f.default}
 
 
-def main() -> None:
+DTYPES = {"16-bit": (torch.bfloat16, "ieee"), "32-bit": (torch.float32, "tf32x3")}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--head-sizes", nargs="+", type=int, choices=(64, 128, 256), default=[64, 128, 256])
+    arguments = parser.parse_args(argv)
+    device = torch.cuda.get_device_name()
+    path = tuning._CONFIGS / (re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".json")
     default = json.loads((tuning._CONFIGS / "default.json").read_text())
+    before = json.loads(path.read_text()) if path.exists() else {}
     result = {
-        "device": torch.cuda.get_device_name(),
-        "measured_with": f"torch {torch.__version__}, triton {triton.__version__}",
-        "decode": {}, "scores": {}, "extend": {}, "expand": {}, "dispatch": default["dispatch"],
+        "device": device,
+        "measured_with": f"torch {torch.__version__}, triton {triton.__version__}, {datetime.date.today().isoformat()}",
+        **{part: before.get(part, {}) for part in ("decode", "scores", "extend", "expand")},
+        "dispatch": before.get("dispatch", default["dispatch"]),
     }  # fmt: skip
-    for bits, dtype, precision in (("16-bit", torch.bfloat16, "ieee"), ("32-bit", torch.float32, "tf32x3")):
+    for bits in arguments.dtypes:
+        dtype, precision = DTYPES[bits]
         for kernel in ("decode", "scores", "extend", "expand"):
-            result[kernel][bits] = {}
+            result[kernel].setdefault(bits, {})
         decode = [
             tuning.DecodeConfig(*c, max_folded=folded, precision=precision) for c in DECODE for folded in (128, 0)
         ]
         extend = [tuning.ExtendConfig(*c, precision=precision) for c in EXTEND]
-        for D in (64, 128, 256):
+        for D in arguments.head_sizes:
             common = dict(D=D, dtype=dtype)
             name = f"{bits} D={D}"
             work = [dict(T=t, **common) for t in (16384, 131072)]
@@ -116,9 +130,8 @@ def main() -> None:
             result["expand"][bits][str(D)] = fastest(
                 f"expand {name}", work, configs, lambda x, config: expand(x, x.T, config)
             )
-    file = re.sub(r"[^a-z0-9]+", "_", result["device"].lower()).strip("_") + ".json"
-    (tuning._CONFIGS / file).write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {tuning._CONFIGS / file}")
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

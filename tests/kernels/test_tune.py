@@ -44,7 +44,7 @@ def test_writes_a_configuration_that_is_read(tmp_path, monkeypatch, ahead_is_fas
         return (1.0 if fast else 8.0,) * 3
 
     monkeypatch.setattr(tune, "measure", measure)
-    tune.main()
+    tune.main([])
 
     written = json.loads((tmp_path / "some_gpu_1.json").read_text())
     monkeypatch.setattr(tuning, "_config", lambda index: written)
@@ -62,6 +62,18 @@ def test_writes_a_configuration_that_is_read(tmp_path, monkeypatch, ahead_is_fas
                 assert (scores.min_rows < NEVER) == ahead_is_faster
                 if ahead_is_faster:
                     assert scores.num_stages == 4 and rows.max_rows == 8
+
+        # A run for one head size leaves the rest as it was.
+        monkeypatch.setattr(tune, "measure", lambda run, repeats: (1.0,) * 3)
+        tune.main(["--dtypes", "16-bit", "--head-sizes", "128"])
+        again = json.loads((tmp_path / "some_gpu_1.json").read_text())
+        kept, new = (
+            {(kernel, bits, D): fields for kernel in ("decode", "scores", "extend", "expand")
+             for bits, sizes in file[kernel].items() for D, fields in sizes.items()}
+            for file in (written, again)
+        )  # fmt: skip
+        changed = {key for key in kept if kept[key] != new[key]}
+        assert changed and all(key[1:] == ("16-bit", "128") for key in changed) and kept.keys() == new.keys()
     finally:
         for function in (tuning.decode_config, tuning.scores_config, tuning.extend_config, tuning.expand_config):
             function.cache_clear()
