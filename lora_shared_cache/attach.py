@@ -33,6 +33,7 @@ from .attention import register_attention
 from .errors import SharedCacheError, UnsupportedModelError
 from .forward import clear_interrupted_pass, run_attention_layer, run_decoder, shared_cache_in
 from .generation import run_generate
+from .graphs import forget_graphs
 from .scopes import layer_scope
 
 # Two threads may use their first cache on one model at the same time.
@@ -139,6 +140,7 @@ def detach(model: nn.Module) -> nn.Module:
             module.__dict__.pop("generate", None)
             if record.original is not None:
                 module.__dict__["generate"] = record.original
+    forget_graphs(attachment)
     attachment.layers.clear()
     return model
 

@@ -7,6 +7,7 @@ with a shared cache is in ``forward.py``.
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from . import adapters as peft_adapters
 from .adapters import Agent, is_lora
@@ -116,6 +118,10 @@ class Attachment:
     _watched: list[tuple[dict, dict, dict]] = field(default_factory=list)
     _weights: dict[Any, Any] = field(default_factory=dict)
     _digests: dict[str, Any] = field(default_factory=dict)
+    _weights_version: int = 0
+    _addresses: tuple = ()
+    _hooks: list[dict] | None = None
+    _tensors: list[dict] | None = None
 
     # ---- structure -------------------------------------------------------------------------------------------------
 
@@ -132,8 +138,9 @@ class Attachment:
                 if is_lora(projection):
                     replace_forward(projection, ProjectionRecord(layer, which), _projection_forward)
         self._structure = self._look()
-        self._weights.clear()
+        self._forget_weights()
         self._digests.clear()
+        self._hooks = self._tensors = None
         return True
 
     def _look(self) -> tuple:
@@ -198,10 +205,14 @@ class Attachment:
         """Content of an adapter: every weight and scaling. Read anew at each call; this is what notices a hot-swap."""
         tensors, scalings = peft_adapters.content_tensors(self.lora_layers, name)
         current = (*peft_adapters.digest(tensors), tuple(scalings))
-        if self._digests.get(name) != current:
+        if self._digests.setdefault(name, current) != current:
             self._digests[name] = current
-            self._weights.clear()
+            self._forget_weights()
         return current
+
+    def _forget_weights(self) -> None:
+        self._weights.clear()
+        self._weights_version += 1
 
     def down_total(self, name: str) -> tuple:
         """Content of all A's of an adapter on ``k_proj`` and ``v_proj`` together; cheaper than :meth:`down_digests`."""
@@ -230,6 +241,38 @@ class Attachment:
         if value is None:
             value = self._weights[key] = compute()
         return value
+
+    def weights_identity(self, whole: bool) -> tuple:
+        """Changes with everything by which captured work finds the model's weights.
+
+        Args:
+            whole: look at the address of every weight and buffer; False: only at what changes with adapters.
+        """
+        if whole or not self._addresses or self._weights_version != self._addresses[0]:
+            tensors = [t for owned in self._owned() for t in owned.values() if t is not None]
+            self._addresses = (self._weights_version, tuple([t.data_ptr() for t in tensors]))
+        return self._addresses
+
+    def _owned(self) -> list[dict]:
+        """The dicts in which the decoder's modules keep their weights and buffers; going through the modules takes longer."""
+        if self._tensors is None:
+            self._tensors = [d for m in self.decoder.modules() for d in (m._parameters, m._buffers) if d]
+        return self._tensors
+
+    @functools.cached_property
+    def takes_position_ids(self) -> bool:
+        """Whether the decoder has the argument ``position_ids``."""
+        return "position_ids" in inspect.signature(type(self.decoder).forward).parameters
+
+    def has_hooks(self, known: tuple[str, ...]) -> bool:
+        """Whether any module of the decoder has forward hooks, other than of the Python modules ``known``."""
+        if self._hooks is None:
+            modules = list(self.decoder.modules())
+            self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+            self._hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+        if not any(self._hooks):
+            return False
+        return any(getattr(hook, "__module__", "") not in known for hooks in self._hooks for hook in hooks.values())
 
     def check_adapters(self, agent: Agent, names: Iterable[str]) -> None:
         """Refuse what the split can't express, at the start of a turn.

@@ -159,8 +159,12 @@ def shared_lora_mask(
         original = ALL_MASK_ATTENTION_FUNCTIONS.get(_original_implementation(config))
         # Without a mask function of its own Transformers passes no mask to that implementation.
         return original(**arguments, allow_is_causal_skip=allow_is_causal_skip, config=config) if original else None
+    slot = forward_scope.get().slot
     everything_visible = local_size is None or kv_length <= local_size
     plain = mask_function is causal_mask_function or (local_size is not None and everything_visible)
+    if plain and slot is not None:
+        # The new token sees all of the ``slot.length`` tokens but padding.
+        return None if attention_mask is None else attention_mask[:, None, None, :]
     ends_together = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     if plain and allow_is_causal_skip and everything_visible and ends_together:
         if attention_mask is None:

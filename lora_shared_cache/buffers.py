@@ -12,6 +12,17 @@ import torch
 MAX_SLACK = 2048
 MIN_SLACK = 64
 
+_allocations = 0
+
+
+def allocations() -> int:
+    """How often any buffer's storage was replaced: while it stays the same, so do the addresses of all buffers."""
+    return _allocations
+
+
+class NotReserved(Exception):
+    """A token was to be written by address where there is no room for it."""
+
 
 class TokenBuffer:
     """A tensor with a growing token axis.
@@ -38,13 +49,28 @@ class TokenBuffer:
         """Where the storage is; None before the first write."""
         return None if self.data is None else self.data.device
 
+    def put(self, index: torch.Tensor, new: torch.Tensor) -> None:
+        """Write one token (B, ..., 1, ...) at ``index``, () int64 on the buffer's device: the host learns nothing of where.
+
+        The capacity must suffice; see :meth:`reserve`.
+        """
+        if self.data is None or new.shape[0] > self.data.shape[0]:
+            raise NotReserved
+        rows = [self.data.shape[0], *new.shape[1:]]
+        self.data.index_copy_(self.data.dim() + self.token_dim, index.view(1), new.to(self.data.dtype).expand(rows))
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens``, keeping what is there."""
+        if self.data is not None and tokens > self.capacity:
+            self._grow(self.capacity, tokens, self.data)
+
     def write(self, start: int, new: torch.Tensor) -> None:
         """Write ``new`` at tokens ``start ...``, keeping the ``start`` tokens before; grows when needed."""
         n = new.shape[self.token_dim]
         stop = start + n
         if start == 0 and self.data is not None and not self._fits(new):
             # Nothing before it is valid: what is there came from a pass that failed, or was cropped away.
-            self.data = None
+            self._replace(None)
         if self.data is None or stop > self.capacity or new.shape[0] > self.data.shape[0]:
             self._grow(start, stop, new)
         assert self.data is not None
@@ -67,19 +93,24 @@ class TokenBuffer:
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep the batch rows ``rows``, in that order."""
         if self.data is not None and not self._one_row_for_all:
-            self.data = self.data.index_select(0, rows.to(self.data.device))
+            selected = self.data.index_select(0, rows.to(self.data.device))
+            if self.data.is_cuda and selected.shape == self.data.shape:
+                # In place: beam search does this at every step, and captured decode steps know the address.
+                self.data.copy_(selected)
+            else:
+                self._replace(selected)
 
     @torch.inference_mode(False)
     def repeat_rows(self, repeats: int) -> None:
         """Each batch row ``repeats`` times in a row."""
         if self.data is not None and not self._one_row_for_all:
-            self.data = self.data.repeat_interleave(repeats, dim=0)
+            self._replace(self.data.repeat_interleave(repeats, dim=0))
 
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> None:
         """Move the storage."""
         if self.data is not None:
-            self.data = self.data.to(device, non_blocking=True)
+            self._replace(self.data.to(device, non_blocking=True))
 
     @torch.inference_mode(False)
     def clone(self) -> TokenBuffer:
@@ -114,4 +145,9 @@ class TokenBuffer:
             data = torch.empty(shape, dtype=like.dtype if self.data is None else self.data.dtype, device=like.device)
         if self.data is not None and valid:
             data.narrow(self.token_dim, 0, valid).copy_(self.view(valid))
+        self._replace(data)
+
+    def _replace(self, data: torch.Tensor | None) -> None:
+        global _allocations
+        _allocations += 1
         self.data = data

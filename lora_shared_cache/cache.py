@@ -21,6 +21,7 @@ from .attachment import Attachment
 from .buffers import TokenBuffer
 from .errors import SharedCacheError, UnsupportedAdapterError, UnsupportedModelError
 from .forward import ForwardPass, enter_from_inside
+from .graphs import DecodeGraphs
 from .policies import (
     SHARED_ENTRY,
     DownDigests,
@@ -56,6 +57,8 @@ class SharedLoRACache(SharedCacheBase):
         max_cache_len: allocate room for this many tokens at once and never more; None: grow.
         low_rank_dtype: dtype of the low-rank entries; None: that of the keys and values.
         check_tokens: compare the model's input with the tokens that are cached, and refuse a contradiction.
+        cuda_graphs: on CUDA, replay decode steps (one new token per row) from a captured graph; ``eager_reason`` says where
+            that is not possible.
 
     Raises:
         ValueError: unknown ``sharing``, ``max_cache_len`` below 1, or ``low_rank_dtype`` that is not floating.
@@ -69,6 +72,7 @@ class SharedLoRACache(SharedCacheBase):
         max_cache_len: int | None = None,
         low_rank_dtype: torch.dtype | None = None,
         check_tokens: bool = True,
+        cuda_graphs: bool = True,
     ):
         check_sharing(sharing)
         if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
@@ -84,6 +88,7 @@ class SharedLoRACache(SharedCacheBase):
         self.low_rank_dtype = low_rank_dtype
         self.check_tokens = check_tokens
         self._attachment: Attachment | None = None
+        self._graphs = DecodeGraphs(self, enabled=cuda_graphs)
         self._lock = threading.Lock()
         self._in_prompt = False
         self._prompt_length = 0
@@ -120,6 +125,16 @@ class SharedLoRACache(SharedCacheBase):
     def max_cache_len(self) -> int | None:
         """Capacity in tokens, or None if the cache grows."""
         return self._max_cache_len
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether decode steps are replayed from CUDA graphs where that is possible."""
+        return self._graphs.enabled
+
+    @property
+    def eager_reason(self) -> str | None:
+        """Why the last decode step was not replayed from a CUDA graph; None: it was, there was none, or graphs are off."""
+        return self._graphs.eager_reason
 
     @property
     def trajectory_length(self) -> int:
@@ -203,7 +218,8 @@ class SharedLoRACache(SharedCacheBase):
         """Coverage of the active adapter: tokens that the model need not be given again."""
         now = forward_scope.get()
         if now is not None and now.cache is self:
-            return now.start
+            # On the device where the host must not know; Transformers' StaticCache does the same.
+            return now.start if now.slot is None else now.slot.index
         if self._first_use():
             return 0
         if self._attachment is None:
@@ -218,6 +234,9 @@ class SharedLoRACache(SharedCacheBase):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(kv_length, kv_offset) of what ``update`` will return."""
+        now = forward_scope.get()
+        if now is not None and now.cache is self and now.slot is not None:
+            return now.slot.capacity, 0
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -337,6 +356,7 @@ class SharedLoRACache(SharedCacheBase):
             max_cache_len=self.max_cache_len,
             low_rank_dtype=self.low_rank_dtype,
             check_tokens=self.check_tokens,
+            cuda_graphs=self.cuda_graphs,
         )
         memo[id(self)] = copy
         copy._attachment = self._attachment
@@ -359,9 +379,11 @@ class SharedLoRACache(SharedCacheBase):
         if self._attachment is not None and self._attachment.decoder is attachment.decoder:
             # The model was detached and attached again; what is cached is still its own.
             self._attachment = attachment
+            self._graphs.clear()
             return
         self._check_model(attachment.root)
         self._attachment = attachment
+        self._graphs.clear()
         self.layers = [SharedLoRALayer(self, self.max_cache_len) for _ in attachment.layers]
         self._forget()
 
@@ -624,6 +646,7 @@ class SharedLoRACache(SharedCacheBase):
     def _prompt(self, length: int, limit: int | None) -> Iterator[None]:
         """A ``generate`` call whose prompt of ``length`` tokens was checked; ``limit``: run again from there."""
         self._in_prompt, self._prompt_length, self._limit = True, length, limit
+        self._graphs.start_turn()
         try:
             yield
         finally:

@@ -37,6 +37,21 @@ def shared_cache_in(args: tuple, kwargs: dict[str, Any]) -> SharedLoRACache | No
     return cast("SharedLoRACache", cache) if isinstance(cache, SharedCacheBase) else None
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where the one new token of a decode step goes, for steps whose lengths only the device knows (``graphs.py``).
+
+    Attributes:
+        index: () int64, its position in the trajectory.
+        length: (B,) int64, tokens including it; the same for all rows.
+        capacity: tokens that fit into every buffer; what the layers see has this length.
+    """
+
+    index: torch.Tensor
+    length: torch.Tensor
+    capacity: int
+
+
 @dataclass
 class ForwardPass:
     """A forward pass under way.
@@ -53,6 +68,7 @@ class ForwardPass:
         padded: whether it holds padding.
         entered_from_inside: the model was attached in the middle of this very pass, so its end is the last layer's.
         rope_lengths: layer types whose cos/sin were stored in this pass, with the tokens that are then known.
+        slot: set in a step whose lengths only the device knows.
     """
 
     attachment: Attachment
@@ -69,6 +85,12 @@ class ForwardPass:
     padded: bool
     entered_from_inside: bool = False
     rope_lengths: dict[str, int] = field(default_factory=dict)
+    slot: Slot | None = None
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the buffers that the layers are shown; with a slot, ``slot.length`` of them are valid."""
+        return self.stop if self.slot is None else self.slot.capacity
 
     def commit(self) -> None:
         """Make the pass's tokens part of the cache."""
@@ -82,7 +104,16 @@ class ForwardPass:
             return
         if layer.rope_key in self.rope_lengths:
             return
+        if self.slot is not None:
+            # Whether there is something to store was decided before; the host's numbers are not for a captured step.
+            self.rope_lengths[layer.rope_key] = self.stop
+            for buffer, angles in zip(self.cache._rope_buffers(layer.rope_key), embeddings, strict=True):
+                buffer.put(self.slot.index, layout.half_width(angles))
+            return
         stored = self.cache._rope_length.get(layer.rope_key, 0)
+        if stored < self.start:
+            # Nobody needed them for the tokens before; whoever will runs those tokens, and stores them then.
+            return
         self.rope_lengths[layer.rope_key] = max(stored, self.stop)
         if stored < self.stop:
             for buffer, angles in zip(self.cache._rope_buffers(layer.rope_key), embeddings, strict=True):
@@ -137,17 +168,22 @@ class LayerPass:
             column += rank
             if ones:
                 part = torch.cat((part, part.new_ones(*part.shape[:-1], 1)), dim=-1)
-            self.storage.write_entry(entry.key, which, start, part.to(dtype))
+            if now.slot is None:
+                self.storage.write_entry(entry.key, which, start, part.to(dtype))
+            else:
+                self.storage.put_entry(entry.key, which, now.slot.index, part.to(dtype))
 
     # ---- storage ---------------------------------------------------------------------------------------------------
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store what is new of the base K/V (B, Hk, n, D); return tokens 0 ... stop."""
+        """Store what is new of the base K/V (B, Hk, n, D); return tokens 0 ... stop (with a slot: the whole capacity)."""
         now = self.forward_pass
-        if now.stop > now.previous:
+        if now.slot is not None:
+            self.storage.put_base(now.slot.index, key_states, value_states)
+        elif now.stop > now.previous:
             new = now.previous - now.start
             self.storage.write_base(now.previous, key_states[:, :, new:], value_states[:, :, new:])
-        return self.storage.base_keys.view(now.stop), self.storage.base_values.view(now.stop)
+        return self.storage.base_keys.view(now.seen), self.storage.base_values.view(now.seen)
 
     # ---- attention -------------------------------------------------------------------------------------------------
 
@@ -155,12 +191,13 @@ class LayerPass:
         """Attention of (B, Hq, S, D) over base K/V (B, Hk, T, D) plus the agent's low-rank part; (B, Hq, S, D)."""
         key_low_rank, key_up = self._low_rank("k_proj")
         value_low_rank, value_up = self._low_rank("v_proj")
-        layout = self.layer.layout
+        layout, slot = self.layer.layout, self.forward_pass.slot
         assert layout is not None
         backend = attention_backend()
         if backend is None and not query.is_cuda:
             backend = "reference"
-        if key_low_rank is not None and key_up is not None and backend == "reference" and query.device.type == "cpu":
+        keeps_expanded = backend == "reference" and query.device.type == "cpu" and slot is None
+        if key_low_rank is not None and key_up is not None and keeps_expanded:
             # Expanding is a matrix product over all tokens; on the CPU the agent's expanded keys are kept and appended to.
             key = self._expanded_keys(key, key_low_rank, key_up)
             key_low_rank = key_up = None
@@ -183,6 +220,7 @@ class LayerPass:
             sin=sin,
             rotary_dim=layout.rotary_dim or None,
             rotary_interleaved=layout.interleaved,
+            key_length=None if slot is None else slot.length,
             **kwargs,
         )
         return cast(torch.Tensor, out)
@@ -202,7 +240,7 @@ class LayerPass:
             up = now.attachment.cached_weights(
                 key, partial(_up_projection, module, entry, names_here, self.layer.head_dim)
             )
-            entries.append(buffer.view(now.stop))
+            entries.append(buffer.view(now.seen))
             ups.append(up)
         if not entries:
             return None, None
@@ -212,7 +250,7 @@ class LayerPass:
 
     def _rope(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self.forward_pass.cache._rope_buffers(self.layer.rope_key)
-        return cos.view(self.forward_pass.stop, start), sin.view(self.forward_pass.stop, start)
+        return cos.view(self.forward_pass.seen, start), sin.view(self.forward_pass.seen, start)
 
     def _expanded_keys(self, key: torch.Tensor, low_rank: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Base plus low-rank keys (B, Hk, stop, D), of which only tokens not yet expanded are computed."""
@@ -295,8 +333,11 @@ def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str
             attachment.enter()
             try:
                 # What is cached carries no gradient; a gradient through the rest alone would be silently wrong.
-                with forward_scope(now), torch.no_grad():
-                    out = call_original(attachment.decoder, **kwargs)
+                with torch.no_grad():
+                    out = cache._graphs.run(now, kwargs)
+                    if out is None:
+                        with forward_scope(now):
+                            out = call_original(attachment.decoder, **kwargs)
                 now.commit()
             finally:
                 attachment.leave()

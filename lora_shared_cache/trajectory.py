@@ -41,6 +41,20 @@ class Trajectory:
         """(B, T) bool, False at padding; None: no padding."""
         return None if self._padding is None or not self.length else self._padding.view(self.length)
 
+    @property
+    def padding_buffer(self) -> TokenBuffer:
+        """Storage of :attr:`attention_mask`, (B, capacity) bool."""
+        assert self._padding is not None
+        return self._padding
+
+    def write_padding(self, start: int, new: torch.Tensor) -> None:
+        """Write the padding (B, n) bool of tokens ``start ...`` ahead of :meth:`append`."""
+        if self._padding is None:
+            self._padding = TokenBuffer(-1)
+            if self.length:
+                self._padding.write(0, torch.ones(new.shape[0], self.length, dtype=torch.bool, device=new.device))
+        self._padding.write(start, new)
+
     def check_rows(self, rows: int) -> None:
         """Refuse another batch size than the cache's.
 
@@ -137,15 +151,11 @@ class Trajectory:
         stop = self.length + n
         self._ids.write(self.length, ids)
         self._positions.write(self.length, positions)
-        if self._padding is None and padded:
-            self._padding = TokenBuffer(-1)
-            if self.length:
-                self._padding.write(0, torch.ones(ids.shape[0], self.length, dtype=torch.bool, device=ids.device))
-        if self._padding is not None:
+        if self._padding is not None or padded:
             new = torch.ones_like(ids, dtype=torch.bool)
             if attention_mask is not None:
                 new = attention_mask[:, self.length : stop].bool()
-            self._padding.write(self.length, new)
+            self.write_padding(self.length, new)
         self.rows, self.length = ids.shape[0], stop
 
     def truncate(self, length: int) -> None:

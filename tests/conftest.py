@@ -16,6 +16,51 @@ settings.register_profile("shared", deadline=None, derandomize=True, print_blob=
 settings.load_profile("shared")
 
 
+# What must hold whichever way a cache stores its tokens and runs its decode steps.
+ALL_STORAGES = (
+    "test_adapter_changes", "test_attach", "test_attention_function", "test_cache_contract", "test_exactness", "test_families",
+    "test_generate", "test_policies", "test_refusals", "test_state_machine", "test_trajectory",
+)  # fmt: skip
+STORAGES = ("growing", "preallocated", "captured")
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.module.__name__.rpartition(".")[2] in ALL_STORAGES:
+        metafunc.fixturenames.append("storage")
+        metafunc.parametrize("storage", STORAGES, indirect=True)
+
+
+@pytest.fixture
+def storage(request, monkeypatch):
+    """Growing storage; storage allocated at once; or decode steps as they are captured, replayed by an emulation."""
+    from lora_shared_cache import SharedLoRACache, graphs
+
+    if request.param == "preallocated":
+        monkeypatch.setitem(SharedLoRACache.__init__.__kwdefaults__, "max_cache_len", 300)
+    if request.param == "captured":
+        emulate_graphs(monkeypatch, graphs)
+    return request.param
+
+
+def emulate_graphs(monkeypatch, graphs) -> type:
+    """CUDA graphs without CUDA: a replay runs the same Python again with everything the host knew at the time of capture."""
+
+    class EmulatedGraph:
+        captures = replays = 0
+
+        def __init__(self, run, pool):
+            self.run = run
+            EmulatedGraph.captures += 1
+
+        def replay(self):
+            EmulatedGraph.replays += 1
+            return self.run()
+
+    monkeypatch.setattr(graphs, "CudaGraph", EmulatedGraph)
+    monkeypatch.setattr(graphs.DecodeGraphs, "_why_not_on_this_device", staticmethod(lambda attachment: None))
+    return EmulatedGraph
+
+
 @pytest.fixture(autouse=True)
 def no_state_left_behind():
     """Grad mode and the package's context variables are as before after every test."""

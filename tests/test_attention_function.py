@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers.masking_utils import (
@@ -60,7 +62,7 @@ def test_masks_allow_what_sdpas_allow(q, kv, window, padding):
         device=torch.device("cpu"),
     )
     expected = sdpa_mask(**arguments, allow_is_causal_skip=False)
-    with forward_scope(object()):
+    with forward_scope(SimpleNamespace(slot=None)):
         actual = attention.shared_lora_mask(**arguments, allow_is_causal_skip=True, config=None)
         forced = attention.shared_lora_mask(**arguments, allow_is_causal_skip=False, config=None)
     needed = (padding == "left" and kv > 1) or (window is not None and window < kv)

@@ -1,0 +1,373 @@
+"""Decode steps replayed from CUDA graphs: a step with LoRA adapters is bound by its many kernel launches, a replay is not.
+
+One graph per set of active adapters and batch size, captured at the second step. Nothing in it depends on lengths that the
+host knows: the new token's place is counted on the device, K/V and low-rank entries are written there, and the attention
+kernel reads the length where it is (``forward.Slot``). A graph holds addresses only, so before each replay everything it was
+captured for is compared: storage, adapters, weights. What can't be captured runs as before, and the cache says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from .attachment import Attachment, call_original
+from .attention import attention_backend
+from .buffers import MAX_SLACK, NotReserved, TokenBuffer, allocations
+from .forward import ForwardPass, Slot
+from .scopes import forward_scope
+
+if TYPE_CHECKING:
+    from .cache import SharedLoRACache
+
+logger = logging.getLogger(__name__)
+
+# Growing storage is given more room at once than eager steps give it: each growth means another capture.
+_MIN_ROOM = 512
+_FIRST_ROOM = 128
+# Captures of one graph that were each used for less than two steps, after which steps are no longer captured.
+_MAX_USELESS_CAPTURES = 8
+# Arguments of a decoder that a captured step brings itself.
+_OWN_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "cache_position")
+# Modules whose hooks do nothing unless a step is refused for other reasons (hidden states or attentions asked for).
+_KNOWN_HOOKS = ("transformers.utils.output_capturing", "transformers.utils.generic")
+
+
+_all_graphs: weakref.WeakSet[DecodeGraphs] = weakref.WeakSet()
+
+
+def forget_graphs(attachment: Attachment) -> None:
+    """Drop what was captured of a model that is being detached."""
+    for graphs in list(_all_graphs):
+        if graphs.cache._attachment is attachment:
+            graphs.clear()
+
+
+class CannotCapture(Exception):
+    """A step can't be captured; the text says why."""
+
+
+class CudaGraph:
+    """One captured function.
+
+    Args:
+        run: launches device work on fixed addresses, and returns its outputs.
+        pool: memory that graphs which never run at the same time have in common.
+    """
+
+    def __init__(self, run: Callable[[], Any], pool: Any):
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._out = run()
+
+    def replay(self) -> Any:
+        """Run it again; returns the outputs, which the next replay overwrites."""
+        self._graph.replay()
+        return self._out
+
+
+@dataclass
+class _Step:
+    """One captured decode step, or one that is to be captured.
+
+    Attributes:
+        ids, positions: (B, 1) and (B or 1, 1) int64, its inputs.
+        slot: where the token goes.
+        graph: None until it is captured.
+        fingerprint: all addresses and versions it was captured for.
+        allocations: ``buffers.allocations()`` when they were last compared.
+        rope_keys: layer types whose cos/sin it stores.
+        useless: captures in a row that served less than two steps.
+        served: steps since the last capture.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slot: Slot
+    graph: Any = None
+    fingerprint: tuple = ()
+    allocations: int = -1
+    rope_keys: tuple[str, ...] = ()
+    useless: int = 0
+    served: int = 0
+    run: int = 0
+
+
+@dataclass(eq=False)
+class DecodeGraphs:
+    """The captured decode steps of one cache.
+
+    Attributes:
+        eager_reason: why the last decode step was not replayed; None: it was, or there was none.
+    """
+
+    cache: SharedLoRACache
+    enabled: bool = True
+    eager_reason: str | None = None
+    _steps: dict[tuple, _Step] = field(default_factory=dict)
+    _refused: dict[tuple, str] = field(default_factory=dict)
+    _state: torch.Tensor | None = None
+    _device_at: int = -1
+    _pool: Any = None
+    _weights: tuple = ()
+    _told: set[str] = field(default_factory=set)
+    _new_turn: bool = True
+
+    def __post_init__(self) -> None:
+        _all_graphs.add(self)
+
+    def start_turn(self) -> None:
+        """Look at everything again that a user may have changed since the last ``generate``."""
+        self._new_turn = True
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+        self._steps.clear()
+        self._refused.clear()
+        self._pool = self._state = None
+        self._device_at = -1
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    def run(self, now: ForwardPass, kwargs: dict[str, Any]) -> Any:
+        """The decoder's output for a decode step, or None: run it as any other pass."""
+        if not self.enabled or now.stop - now.start != 1 or now.start != now.previous or now.previous == 0:
+            return None
+        try:
+            self._check(now, kwargs)
+            out = self._step(now, kwargs)
+        except (CannotCapture, NotReserved) as reason:
+            # Nothing was committed; the step is run again as a whole.
+            now.rope_lengths.clear()
+            if isinstance(reason, CannotCapture):
+                self._explain(str(reason))
+            return None
+        self.eager_reason = None
+        return out
+
+    def _step(self, now: ForwardPass, kwargs: dict[str, Any]) -> Any:
+        others = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
+        positions = now.positions
+        padded = now.padded or self.cache._trajectory.attention_mask is not None
+        if any(length != now.start for length in self.cache._rope_length.values()):
+            raise NotReserved
+        key = (
+            now.agent, now.ids.shape[0], 1 if positions is None else positions.shape[0], padded,
+            tuple(entry for entry, _ in now.writers), tuple(now.readers), tuple(sorted(others.items())),
+        )  # fmt: skip
+        if key in self._refused:
+            raise CannotCapture(self._refused[key])
+        step = self._steps.get(key)
+        if padded:
+            self._write_padding(now)
+        if step is None or step.allocations != allocations() or now.stop > step.slot.capacity:
+            capacity = self._reserve(now, padded, now.stop if step is not None else now.stop + _FIRST_ROOM)
+            if step is None or step.slot.capacity != capacity:
+                step = self._steps[key] = self._new_step(now, capacity, step)
+        addresses = self._addresses(now, padded) if step.allocations != allocations() else step.fingerprint[0]
+        fingerprint = (addresses, self._weights)
+        step.ids.copy_(now.ids)
+        if positions is None:
+            step.positions.fill_(now.start)
+        else:
+            step.positions.copy_(positions)
+        if self._device_at != now.start:
+            assert self._state is not None
+            self._state[0].fill_(now.start)
+            self._state[1].fill_(now.stop)
+        self._device_at = -1  # unknown, should anything go wrong from here on
+        arguments = dict(
+            others, input_ids=step.ids, past_key_values=self.cache,
+            attention_mask=self._padding_mask(step.slot.capacity) if padded else None,
+        )  # fmt: skip
+        if now.attachment.takes_position_ids:
+            arguments["position_ids"] = step.positions
+        if not step.run:
+            # The first step only runs: whatever libraries and kernels load or compile must not do so in a capture.
+            out = self._attempt(key, lambda: self._static_pass(now, arguments, step.slot))
+            step.rope_keys = tuple(now.rope_lengths)
+        else:
+            if step.graph is None or fingerprint != step.fingerprint:
+                self._capture(key, step, now, arguments)
+            out = step.graph.replay()
+            now.rope_lengths.update(dict.fromkeys(step.rope_keys, now.stop))
+            step.served += 1
+        step.run += 1
+        step.fingerprint, step.allocations = fingerprint, allocations()
+        self._device_at = now.stop
+        return self._fresh(out)
+
+    def _static_pass(self, now: ForwardPass, arguments: dict[str, Any], slot: Slot) -> Any:
+        now.slot = slot
+        now.rope_lengths.clear()
+        try:
+            with forward_scope(now):
+                out = call_original(now.attachment.decoder, **arguments)
+        finally:
+            now.slot = None
+        assert self._state is not None
+        self._state.add_(1)  # the next token's place
+        return out
+
+    def _capture(self, key: tuple, step: _Step, now: ForwardPass, arguments: dict[str, Any]) -> None:
+        step.useless = step.useless + 1 if step.graph is not None and step.served < 2 else 0
+        step.graph, step.served = None, 0  # its memory serves the next capture
+        if step.useless > _MAX_USELESS_CAPTURES:
+            self._refuse(key, "the cache's storage or the adapters change at every step")
+        if self._pool is None and now.ids.is_cuda:
+            self._pool = torch.cuda.graph_pool_handle()
+        step.graph = self._attempt(
+            key, lambda: CudaGraph(lambda: self._static_pass(now, arguments, step.slot), self._pool)
+        )
+
+    def _attempt(self, key: tuple, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except NotReserved:
+            raise
+        except Exception as error:
+            # Whatever a model does that can't be captured (it asks the device for a number, say) shows here. If the error has
+            # another cause, the step that is run instead raises it again.
+            text = str(error).splitlines()[0] if str(error) else repr(error)
+            self._refuse(key, f"the model can't be captured: {text}", error)
+
+    def _refuse(self, key: tuple, reason: str, error: Exception | None = None) -> NoReturn:
+        self._refused[key] = reason
+        self._steps.pop(key, None)
+        raise CannotCapture(reason) from error
+
+    def _fresh(self, out: Any) -> Any:
+        """The decoder's output, in tensors that the next step leaves alone."""
+        fields = {}
+        for name, value in out.items():
+            if isinstance(value, torch.Tensor):
+                value = value.clone()
+            elif value is not None and value is not self.cache:
+                raise CannotCapture(f"the model returns {name}, which is not a tensor")
+            fields[name] = value
+        return type(out)(**fields)
+
+    # ---- what a graph depends on -----------------------------------------------------------------------------------
+
+    def _new_step(self, now: ForwardPass, capacity: int, before: _Step | None) -> _Step:
+        device = now.ids.device
+        if self._state is None or self._state.device != device:
+            with torch.inference_mode(False):
+                self._state = torch.zeros(2, dtype=torch.int64, device=device)
+        rows = 1 if now.positions is None else now.positions.shape[0]
+        slot = Slot(self._state[0], self._state[1:].expand(now.ids.shape[0]), capacity)
+        with torch.inference_mode(False):
+            ids, positions = (torch.zeros(n, 1, dtype=torch.int64, device=device) for n in (now.ids.shape[0], rows))
+        step = _Step(ids, positions, slot)
+        if before is not None:
+            # Storage has grown: everything is loaded, only addresses and the capacity are new.
+            step.run, step.rope_keys, step.useless = before.run, before.rope_keys, before.useless
+            step.served, step.graph = before.served, before.graph
+        return step
+
+    def _buffers(self, now: ForwardPass, padded: bool) -> list[TokenBuffer]:
+        cache = self.cache
+        keys = {entry.key for entry, _ in (*now.writers, *now.readers)}
+        found = [buffer for buffer in cache._rope_buffers_all() if buffer.data is not None]
+        for layer in cache.layers:
+            found += (layer.base_keys, layer.base_values)
+            for key in keys:
+                found += layer.entries.get(key, {}).values()
+        if padded:
+            found.append(cache._trajectory.padding_buffer)
+        return found
+
+    def _reserve(self, now: ForwardPass, padded: bool, needed: int) -> int:
+        """Room for ``needed`` tokens in every buffer; returns the tokens that fit into all of them."""
+        buffers = self._buffers(now, padded)
+        limit = self.cache.max_cache_len
+        if min(buffer.capacity for buffer in buffers) < (needed if limit is None else min(needed, limit)):
+            wanted = now.stop + max(_MIN_ROOM, min(now.stop // 2, MAX_SLACK)) if limit is None else limit
+            for buffer in buffers:
+                buffer.reserve(wanted)
+        return min(buffer.capacity for buffer in buffers)
+
+    def _addresses(self, now: ForwardPass, padded: bool) -> tuple:
+        return tuple((b.data.data_ptr(), b.data.shape) for b in self._buffers(now, padded) if b.data is not None)
+
+    def _write_padding(self, now: ForwardPass) -> None:
+        mask = now.attention_mask
+        new = mask[:, now.start : now.stop] if mask is not None else torch.ones_like(now.ids)
+        self.cache._trajectory.write_padding(now.start, new.bool())
+
+    def _padding_mask(self, capacity: int) -> torch.Tensor:
+        return self.cache._trajectory.padding_buffer.view(capacity)
+
+    # ---- what can be captured --------------------------------------------------------------------------------------
+
+    def _check(self, now: ForwardPass, kwargs: dict[str, Any]) -> None:
+        attachment = now.attachment
+        weights = attachment.weights_identity(whole=self._new_turn or not self.cache._in_prompt)
+        self._new_turn = False
+        if weights != self._weights:
+            self._weights = weights
+            self._device_reason = self._why_not_on_this_device(attachment)
+            # What was refused may go now.
+            self._refused.clear()
+        if self._device_reason is not None:
+            raise CannotCapture(self._device_reason)
+        if attachment.decoder.training:
+            raise CannotCapture("the model is in training mode")
+        if torch.compiler.is_compiling() or (now.ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+            raise CannotCapture("the model is being compiled or captured by the caller")
+        if attention_backend() == "reference":
+            raise CannotCapture("the reference attention was chosen")
+        if kwargs.get("input_ids") is None:
+            raise CannotCapture("the step was given as inputs_embeds")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() != 2):
+            raise CannotCapture("the step has an attention mask of its own, not one entry per token")
+        for name, value in kwargs.items():
+            if name in _OWN_ARGUMENTS or value is None:
+                continue
+            if name.startswith("output_") and value:
+                raise CannotCapture(f"{name} was asked for")
+            if name == "return_dict" and not value:
+                raise CannotCapture("return_dict=False")
+            if not isinstance(value, bool | int | float | str):
+                raise CannotCapture(f"the model was called with {name}, which a captured step does not know")
+        position_ids = kwargs.get("position_ids")
+        if isinstance(position_ids, torch.Tensor) and position_ids.dim() != 2:
+            raise CannotCapture("position_ids have more than two dimensions")
+        if attachment.has_hooks(_KNOWN_HOOKS):
+            raise CannotCapture("modules of the model have hooks, which a replay would not call")
+        config = attachment.decoder.config
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(config, name, False) and kwargs.get(name) is not False:
+                raise CannotCapture(f"{name} was asked for in the model's config")
+
+    _device_reason: str | None = None
+
+    @staticmethod
+    def _why_not_on_this_device(attachment: Attachment) -> str | None:
+        devices = {t.device for t in (*attachment.decoder.parameters(), *attachment.decoder.buffers())}
+        kinds = {device.type for device in devices}
+        if "meta" in kinds:
+            return "weights are offloaded"
+        if kinds != {"cuda"}:
+            return f"CUDA graphs need the model on CUDA, it is on {', '.join(sorted(kinds))}"
+        if len(devices) > 1:
+            return f"the model is spread over {len(devices)} devices"
+        return None
+
+    def _explain(self, reason: str) -> None:
+        self.eager_reason = reason
+        if reason not in self._told:
+            self._told.add(reason)
+            expected = reason.startswith("CUDA graphs need")
+            logger.log(
+                logging.INFO if expected else logging.WARNING,
+                "SharedLoRACache: decode steps are not replayed from a CUDA graph: %s. They run as without graphs "
+                "(cuda_graphs=False turns this message off)",
+                reason,
+            )

@@ -1,0 +1,398 @@
+"""Captured decode steps give the tokens of eager ones: on CUDA with real graphs, on the CPU with an emulation of them.
+
+The emulation runs the captured Python again with everything the host knew at the time of capture, so a length or an adapter
+that leaked from the host into a captured step shows here too.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from lora_shared_cache import SharedLoRACache, attach, detach, graphs
+from lora_shared_cache.errors import SharedCacheError
+
+from .conftest import emulate_graphs
+from .tiny import VOCAB, fill_adapter, tiny_llama, tiny_mistral, with_adapters
+
+AGENTS = ("plan", "act", "reflect")
+cuda = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+
+
+@pytest.fixture(params=["cpu", cuda])
+def device(request, monkeypatch):
+    if request.param == "cpu":
+        emulate_graphs(monkeypatch, graphs)
+    else:
+        count_graphs(monkeypatch)
+    return request.param
+
+
+def count_graphs(monkeypatch) -> None:
+    class Counting(graphs.CudaGraph):
+        captures = replays = 0
+
+        def __init__(self, run, pool):
+            super().__init__(run, pool)
+            Counting.captures += 1
+
+        def replay(self):
+            Counting.replays += 1
+            return super().replay()
+
+    monkeypatch.setattr(graphs, "CudaGraph", Counting)
+
+
+def model_on(device: str, build=tiny_llama, **settings):
+    shape = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    return with_adapters(build(dtype, **{**shape, **settings}), AGENTS).to(device)
+
+
+def prompt(device: str, rows: int = 1, n: int = 9, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCAB, (rows, n), generator=generator).to(device)
+
+
+def generate(model, ids, cache, new: int = 20, **options):
+    options.setdefault("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, pad_token_id=0, **options)
+
+
+def both(**options) -> tuple[SharedLoRACache, SharedLoRACache]:
+    return SharedLoRACache(**options), SharedLoRACache(**options, cuda_graphs=False)
+
+
+def turns(model, cache, ids, agents, new: int = 20, between=lambda cache, ids: ids, **options) -> torch.Tensor:
+    for agent in agents:
+        model.set_adapter(agent)
+        ids = generate(model, ids, cache, new, **options)
+        ids = between(cache, ids)
+    return ids
+
+
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
+@pytest.mark.parametrize("max_cache_len", [None, 700])
+def test_two_hundred_tokens_of_three_adapters_in_turn(device, sharing, max_cache_len):
+    model = model_on(device)
+    captured, eager = both(sharing=sharing, max_cache_len=max_cache_len)
+    agents = (*AGENTS, *AGENTS)
+    expected = turns(model, eager, prompt(device), agents, new=34)
+    actual = turns(model, captured, prompt(device), agents, new=34)
+    assert torch.equal(actual, expected) and actual.shape[1] > 200
+    assert len(set(actual[0].tolist())) > 10, "a constant text would show nothing"
+    assert captured.eager_reason is None
+    # The first step of each agent runs by itself, every other token but the prompt's comes from a replay.
+    assert graphs.CudaGraph.replays >= 6 * 33 - 3 - 6
+    assert graphs.CudaGraph.captures == 3
+
+
+def test_storage_that_grows_is_captured_again(device, monkeypatch):
+    monkeypatch.setattr(graphs, "_MIN_ROOM", 16)
+    monkeypatch.setattr(graphs, "_FIRST_ROOM", 0)
+    model = model_on(device)
+    captured, eager = both()
+    ids = prompt(device)
+    expected = turns(model, eager, ids, AGENTS[:2], new=90)
+    assert torch.equal(turns(model, captured, ids, AGENTS[:2], new=90), expected)
+    assert 2 < graphs.CudaGraph.captures < 12
+    assert captured.eager_reason is None
+
+
+def test_crop_between_turns(device):
+    model = model_on(device)
+
+    def drop(cache, ids):
+        cache.crop(-5)
+        return torch.cat((ids[:, : cache.trajectory_length], prompt(device, n=3, seed=ids.shape[1])), dim=1)
+
+    captured, eager = both(sharing="lr_precomputed")
+    expected = turns(model, eager, prompt(device), AGENTS * 2, between=drop)
+    assert torch.equal(turns(model, captured, prompt(device), AGENTS * 2, between=drop), expected)
+    assert graphs.CudaGraph.captures == 3
+
+
+def test_two_caches_alternate_on_one_model(device):
+    model = model_on(device)
+    pairs = [both(max_cache_len=200), both()]
+    texts = [[prompt(device, n=7, seed=s)] * 2 for s in (1, 2)]
+    for agent in AGENTS:
+        model.set_adapter(agent)
+        for pair, text in zip(pairs, texts, strict=True):
+            text[:] = [generate(model, ids, cache) for cache, ids in zip(pair, text, strict=True)]
+    for captured, eager in texts:
+        assert torch.equal(captured, eager)
+    assert graphs.CudaGraph.captures == 6
+
+
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
+def test_four_rows_with_left_padding(device, sharing):
+    model = model_on(device)
+    ids = prompt(device, rows=4, n=12)
+    mask = torch.ones_like(ids)
+    for row, n in enumerate((0, 3, 7, 1)):
+        mask[row, :n] = 0
+        ids[row, :n] = 0
+
+    def run(cache):
+        text, seen = ids, mask
+        for agent in AGENTS:
+            model.set_adapter(agent)
+            text = generate(model, text, cache, attention_mask=seen)
+            seen = torch.cat((seen, seen.new_ones(4, text.shape[1] - seen.shape[1])), dim=1)
+        return text
+
+    captured, eager = both(sharing=sharing)
+    expected = run(eager)
+    assert torch.equal(run(captured), expected)
+    assert captured.eager_reason is None and graphs.CudaGraph.captures == 3
+    assert len({tuple(row) for row in expected[:, 12:].tolist()}) == 4
+
+
+def test_weights_changed_between_turns(device):
+    """In place, behind PyTorch's back; what the old weights left is dropped and the step captured again."""
+    model = model_on(device)
+    captured, eager = both()
+
+    def run(cache):
+        fill_adapter(model, "plan", 0)
+        text = turns(model, cache, prompt(device), ["plan"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".plan." in name and "lora_B" in name:
+                    parameter.data.mul_(-1.5)
+        return turns(model, cache, text, ["plan"])
+
+    expected = run(eager)
+    assert torch.equal(run(captured), expected)
+    assert graphs.CudaGraph.captures == 2
+
+
+def test_base_weights_that_moved_are_noticed(device):
+    model = model_on(device)
+    captured, eager = both()
+    ids = turns(model, captured, prompt(device), ["plan"])
+    assert torch.equal(turns(model, eager, prompt(device), ["plan"]), ids)
+    layer = model.get_base_model().model.layers[0].mlp.gate_proj.base_layer
+    old = layer.weight.data
+    layer.weight.data = old * 1.1
+    old.fill_(float("nan"))
+    assert torch.equal(generate(model, ids, captured), generate(model, ids, eager))
+
+
+def test_base_model_and_several_adapters_are_agents_too(device):
+    model = model_on(device)
+
+    def run(cache):
+        model.set_adapter("plan")
+        text = generate(model, prompt(device), cache)
+        with model.disable_adapter():
+            text = generate(model, text, cache)
+        model.base_model.set_adapter(["act", "reflect"])
+        text = generate(model, text, cache)
+        model.set_adapter("plan")
+        return generate(model, text, cache)
+
+    captured, eager = both()
+    assert torch.equal(run(captured), run(eager))
+    assert graphs.CudaGraph.captures == 3
+
+
+def test_sliding_window_and_loops_without_generate(device):
+    model = model_on(device, tiny_mistral, sliding_window=6)
+    captured, eager = both(max_cache_len=100)
+    with torch.no_grad():
+        for cache in (captured, eager):
+            model(prompt(device), past_key_values=cache)
+        for step in range(12):
+            ids = prompt(device, n=1, seed=step)
+            expected = model(ids, past_key_values=eager).logits
+            torch.testing.assert_close(model(ids, past_key_values=captured).logits, expected, atol=2e-4, rtol=2e-4)
+    assert graphs.CudaGraph.captures == 1 and graphs.CudaGraph.replays == 11
+
+
+def test_logits_of_a_step_survive_the_next(device):
+    model = model_on(device)
+    captured, eager = both()
+    ids = prompt(device)
+    options = dict(return_dict_in_generate=True, output_logits=True, new=8)
+    ours, expected = generate(model, ids, captured, **options), generate(model, ids, eager, **options)
+    assert torch.equal(ours.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(expected.logits), atol=2e-4, rtol=2e-4)
+    assert ours.past_key_values is captured
+    with torch.no_grad():
+        steps = [model(prompt(device, n=1, seed=s), past_key_values=captured, use_cache=True) for s in range(3)]
+        kept = [step.logits.clone() for step in steps]
+        model(prompt(device, n=1, seed=9), past_key_values=captured)
+    assert all(torch.equal(step.logits, logits) for step, logits in zip(steps, kept, strict=True))
+
+
+def test_sampling_streaming_and_stopping(device):
+    model = model_on(device)
+
+    class Tokenizer:
+        def decode(self, ids, **options):
+            return " ".join(map(str, ids)) + " "
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids, scores, **options):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 21, device=input_ids.device)
+
+    def run(cache):
+        torch.manual_seed(5)
+        streamer = TextIteratorStreamer(Tokenizer(), skip_prompt=True)
+        ids = prompt(device)
+        text = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=40, do_sample=True, top_k=20,
+            streamer=streamer, stopping_criteria=StoppingCriteriaList([Stop()]), pad_token_id=0,
+        )  # fmt: skip
+        return text, "".join(streamer)
+
+    (ours, streamed), (expected, _) = (run(cache) for cache in both())
+    assert torch.equal(ours, expected) and ours.shape[1] == 21
+    assert streamed.split() == [str(t) for t in ours[0, 9:].tolist()]
+    assert graphs.CudaGraph.replays == 10
+
+
+def test_beam_search(device):
+    model = model_on(device)
+    ids = prompt(device)
+    captured, eager = (generate(model, ids, cache, num_beams=3) for cache in both())
+    assert torch.equal(captured, eager)
+
+
+def test_a_full_cache_refuses_before_anything_is_overwritten(device):
+    model = model_on(device)
+    cache = SharedLoRACache(max_cache_len=20)
+    ids = prompt(device, n=9)
+    with pytest.raises(SharedCacheError, match="max_cache_len is 20"):
+        generate(model, ids, cache, new=30)
+    assert cache.trajectory_length == 20
+    text = torch.cat((ids, prompt(device, n=1)), dim=1)
+    fresh = SharedLoRACache(cuda_graphs=False)
+    cache.crop(-11)
+    assert torch.equal(generate(model, text, cache, new=8), generate(model, text, fresh, new=8))
+
+
+def test_reset_and_copies(device):
+    model = model_on(device)
+    captured, eager = both(max_cache_len=100)
+    ids = turns(model, captured, prompt(device), ["plan", "act"])
+    clone = copy.deepcopy(captured)
+    assert clone.cuda_graphs and not copy.deepcopy(eager).cuda_graphs
+    assert torch.equal(generate(model, ids, clone), generate(model, ids, captured))
+    captured.reset()
+    assert torch.equal(turns(model, captured, prompt(device), ["plan", "act"]), ids)
+
+
+def test_detaching_drops_the_graphs(device):
+    model = model_on(device)
+    cache = SharedLoRACache()
+    ids = turns(model, cache, prompt(device), ["plan"])
+    assert cache._graphs._steps
+    detach(model)
+    assert not cache._graphs._steps
+    attach(model)
+    fresh = SharedLoRACache(cuda_graphs=False)
+    assert torch.equal(generate(model, ids, cache), generate(model, ids, fresh))
+
+
+# ---- where steps are not captured ----------------------------------------------------------------------------------
+
+
+def refusal(model, cache, caplog, **options) -> str:
+    with caplog.at_level(logging.INFO, logger="lora_shared_cache.graphs"):
+        ids = generate(model, prompt(str(model.device)), cache, new=6, **options)
+        ids = ids if isinstance(ids, torch.Tensor) else ids.sequences
+        generate(model, ids, cache, new=6, **options)
+    messages = [r.getMessage() for r in caplog.records if r.name == "lora_shared_cache.graphs"]
+    assert len(messages) <= 1, "said once"
+    assert graphs.CudaGraph.replays == 0 or not messages
+    return messages[0] if messages else ""
+
+
+def test_says_once_that_the_model_is_not_on_cuda(caplog, monkeypatch):
+    monkeypatch.setattr(graphs.CudaGraph, "replays", 0, raising=False)
+    model = model_on("cpu")
+    cache = SharedLoRACache()
+    assert "CUDA graphs need the model on CUDA, it is on cpu" in refusal(model, cache, caplog)
+    assert caplog.records[-1].levelno == logging.INFO
+    assert "on cpu" in cache.eager_reason
+    assert SharedLoRACache(cuda_graphs=False).eager_reason is None
+
+
+def test_switched_off(device, caplog):
+    cache = SharedLoRACache(cuda_graphs=False)
+    assert refusal(model_on(device), cache, caplog) == ""
+    assert cache.eager_reason is None and graphs.CudaGraph.captures == 0
+
+
+def test_hooks_of_others_are_called(device, caplog):
+    model = model_on(device)
+    calls = []
+    handle = model.get_base_model().model.layers[1].register_forward_hook(lambda *a: calls.append(1))
+    cache = SharedLoRACache()
+    assert "hooks" in refusal(model, cache, caplog)
+    assert len(calls) == 12
+    handle.remove()
+    generate(model, cache.token_ids.clone(), cache, new=6)
+    assert cache.eager_reason is None and graphs.CudaGraph.replays > 0
+
+
+def test_hidden_states(device, caplog):
+    model = model_on(device)
+    cache = SharedLoRACache()
+    options = dict(return_dict_in_generate=True, output_hidden_states=True)
+    assert "output_hidden_states was asked for" in refusal(model, cache, caplog, **options)
+    ids = cache.token_ids.clone()
+    assert len(generate(model, ids, cache, new=6, **options).hidden_states[1]) == 4
+    # Transformers' own hooks, which are there from then on, do nothing and are no obstacle.
+    generate(model, cache.token_ids.clone(), cache, new=6)
+    assert cache.eager_reason is None
+
+
+def test_a_model_that_asks_the_device_for_a_number(device, caplog, monkeypatch):
+    model = model_on(device)
+    norm = model.get_base_model().model.norm
+    original = type(norm).forward
+
+    def forward(self, x):
+        return original(self, x) + 0 * float(x.abs().max() > 1e9)
+
+    class CannotBeCaptured:
+        replays = 0
+
+        def __init__(self, run, pool):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    if device == "cpu":
+        monkeypatch.setattr(graphs, "CudaGraph", CannotBeCaptured)
+    monkeypatch.setattr(type(norm), "forward", forward)
+    cache = SharedLoRACache()
+    message = refusal(model, cache, caplog)
+    assert "the model can't be captured" in message and "capturing" in message
+    monkeypatch.setattr(type(norm), "forward", original)
+    fresh = SharedLoRACache(cuda_graphs=False)
+    ids = turns(model, fresh, prompt(device), ["plan", "plan"], new=6)
+    assert torch.equal(cache.token_ids, ids[:, :-1])
+
+
+def test_storage_that_changes_at_every_step_is_given_up(device, caplog):
+    model = model_on(device)
+    cache = SharedLoRACache()
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="lora_shared_cache.graphs"):
+        model(prompt(device, rows=2), past_key_values=cache)
+        for step in range(30):
+            model(prompt(device, rows=2, n=1, seed=step), past_key_values=cache)
+            for layer in cache.layers:
+                for buffer in layer.buffers():
+                    if buffer.data is not None:
+                        buffer._replace(buffer.data.clone())
+    assert graphs.CudaGraph.captures < 12
+    assert "change at every step" in cache.eager_reason
