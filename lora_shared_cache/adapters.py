@@ -102,14 +102,12 @@ def up_projection(module: Any, names: Sequence[str], head_dim: int, shared: bool
     return up.view(up.shape[0], -1, head_dim).transpose(0, 1).contiguous()
 
 
-def content_tensors(lora_layers: Iterable[tuple[str, Any]], name: str) -> tuple[list[torch.Tensor], list[float]]:
-    """All tensors of an adapter, and its scalings, in module order."""
+def content_tensors(lora_layers: Iterable[tuple[str, Any]], name: str) -> list[torch.Tensor]:
+    """All tensors of an adapter, in module order."""
     tensors: list[torch.Tensor] = []
-    scalings: list[float] = []
     for _, module in lora_layers:
         if name not in module.scaling:
             continue
-        scalings.append(float(module.scaling[name]))
         for container in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
             if name in container:
                 # A shared, frozen A is a buffer.
@@ -117,38 +115,7 @@ def content_tensors(lora_layers: Iterable[tuple[str, Any]], name: str) -> tuple[
         for container in (module.lora_embedding_A, module.lora_embedding_B):
             if name in container:
                 tensors.append(container[name])
-    return [t.detach() for t in tensors], scalings
-
-
-def digest(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """128 bits of the tensors' content, computed where they are, with one synchronisation.
-
-    Raises:
-        UnsupportedAdapterError: for a tensor on the meta device (an offloaded adapter).
-    """
-    words: dict[torch.device, list[torch.Tensor]] = {}
-    for t in tensors:
-        if t.device.type == "meta":
-            raise UnsupportedAdapterError(
-                "an adapter's weights are offloaded (meta device); load them on the model's device"
-            )
-        flat = t.detach().contiguous().view(-1)
-        if flat.numel() == 0:
-            continue
-        size = flat.numel() * flat.element_size()
-        kind = torch.int64 if size % 8 == 0 and flat.data_ptr() % 8 == 0 else _INTEGER_OF_SIZE[flat.element_size()]
-        words.setdefault(t.device, []).append(flat.view(kind).to(torch.int64))
-    first = second = len(tensors)
-    for device, parts in words.items():
-        joined = torch.cat(parts)
-        weights = torch.arange(1, joined.numel() + 1, device=device, dtype=torch.int64) * -0x61C8864680B583EB
-        mixed = joined ^ (joined >> 29)
-        pair = torch.stack(((joined * (weights | 1)).sum(), (mixed * ((weights >> 7) | 1)).sum())).tolist()
-        first, second = first * 31 + pair[0], second * 31 + pair[1]
-    return first, second
-
-
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensors
 
 
 def check_expressible(path: str, module: Any, names: Iterable[str]) -> None:

@@ -6,8 +6,10 @@ with a shared cache is in ``forward.py``.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import operator
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,10 +23,12 @@ from torch.nn.modules import module as torch_module
 from . import adapters as peft_adapters
 from .adapters import Agent, is_lora
 from .attention import ATTENTION_NAME, forget_original, remember_original
+from .digest import Digest, digest, digests
 from .errors import UnsupportedAdapterError, UnsupportedModelError
 from .layout import NO_ROTATION, LayoutProbe, RotaryLayout, find_layout
 from .policies import DownDigests
-from .scopes import layer_scope
+from .products import linear_with_adapters, plain_adapters
+from .scopes import forward_scope, layer_scope
 
 # The attribute that marks an attached module and holds its record.
 _RECORD = "_lora_shared_cache"
@@ -32,6 +36,77 @@ PROJECTIONS = ("k_proj", "v_proj")
 
 # Guards the switch of a config's attention implementation; module level, so that models stay copyable.
 _switch_lock = threading.Lock()
+
+
+@dataclass
+class Stamp:
+    """Which modules and tensors some adapters consist of, where, PyTorch's count of in-place changes, and the scalings.
+
+    Attributes:
+        names: the adapters.
+        scalings: (dict of scalings, adapter) of each layer.
+        modules: (dict of modules, adapter) of each A and B.
+        places: (dict of tensors, key) of each weight of an A or B.
+        partial: there are weights besides (of embeddings, say), which a stamp does not know.
+    """
+
+    names: tuple[str, ...]
+    scalings: list[tuple[dict, str]] = field(default_factory=list)
+    modules: list[tuple[dict, str]] = field(default_factory=list)
+    places: list[tuple[dict, str]] = field(default_factory=list)
+    partial: bool = False
+    _objects: list[Any] = field(default_factory=list)
+    _addresses: list[int] = field(default_factory=list)
+    _versions: list[int] = field(default_factory=list)
+    _scalings: tuple = ()
+
+    def watch(self, module: Any, scaling: dict, lora_a: dict, lora_b: dict, name: str) -> None:
+        """Add one LoRA layer that has the adapter."""
+        self.scalings.append((scaling, name))
+        for container in (lora_a, lora_b):
+            self.modules.append((container, name))
+            linear = container.get(name)
+            # A shared, frozen A is a buffer.
+            for owner in () if linear is None else (linear._parameters, linear._buffers):
+                self.places.extend((owner, key) for key, tensor in owner.items() if tensor is not None)
+        for rest in (module.lora_magnitude_vector, module.lora_embedding_A, module.lora_embedding_B):
+            if name in rest:
+                self.partial = True
+
+    def take(self) -> None:
+        """Note how everything is now."""
+        self._objects = self._now()
+        self._addresses, self._versions, self._scalings = self._address(), self._version(), self.current_scalings()
+
+    def holds(self) -> bool:
+        """Whether everything is as it was."""
+        return self.same_places() and (self._versions, self._scalings) == (self._version(), self.current_scalings())
+
+    def same_objects(self) -> bool:
+        """Whether the same modules have the same tensors; of a stamp that was never taken, False."""
+        now = self._now()
+        # Not equality: that of tensors is another thing.
+        return bool(now) and len(now) == len(self._objects) and all(map(operator.is_, now, self._objects))
+
+    def same_places(self) -> bool:
+        """Whether the adapters consist of the same tensors at the same addresses, and of nothing that is not watched."""
+        return not self.partial and self.same_objects() and self._addresses == self._address()
+
+    def current_scalings(self) -> tuple:
+        """The scaling of each layer."""
+        return tuple([owner.get(key) for owner, key in self.scalings])
+
+    def _now(self) -> list[Any]:
+        return [owner.get(key) for owner, key in self.places] + [owner.get(key) for owner, key in self.modules]
+
+    def _address(self) -> list[int]:
+        return [t.data_ptr() for t in self._objects[: len(self.places)]]
+
+    def _version(self) -> list[int]:
+        try:
+            return [t._version for t in self._objects[: len(self.places)]]
+        except RuntimeError:
+            return []  # inference tensors keep no count
 
 
 @dataclass
@@ -115,7 +190,10 @@ class Attachment:
     active: int = 0
     _structure: Any = None
     _checked: Any = None
-    _watched: list[tuple[dict, dict, dict]] = field(default_factory=list)
+    _watched: list[tuple[Any, dict, dict, dict]] = field(default_factory=list)
+    _expressible: dict[tuple[str, ...], Stamp] = field(default_factory=dict)
+    _stamps: dict[tuple[str, ...], Stamp] = field(default_factory=dict)
+    _contents: dict[str, tuple[Stamp, Digest]] = field(default_factory=dict)
     _weights: dict[Any, Any] = field(default_factory=dict)
     _digests: dict[str, Any] = field(default_factory=dict)
     _weights_version: int = 0
@@ -131,12 +209,19 @@ class Attachment:
             return False
         self.lora_layers = [(path, m) for path, m in self.root.named_modules() if is_lora(m)]
         # The dicts themselves: going through nn.Module's attributes costs more than all the rest of a stamp.
-        self._watched = [(m.scaling, m.lora_A._modules, m.lora_B._modules) for _, m in self.lora_layers]
+        self._watched = [(m, m.scaling, m.lora_A._modules, m.lora_B._modules) for _, m in self.lora_layers]
+        self._stamps.clear()
+        self._contents.clear()
+        self._expressible.clear()
         for layer in self.layers.values():
             for which in PROJECTIONS:
                 projection = layer.projection(which)
                 if is_lora(projection):
                     replace_forward(projection, ProjectionRecord(layer, which), _projection_forward)
+        inside = {id(m) for m in self.decoder.modules()}
+        for _, module in self.lora_layers:
+            if id(module) in inside and not isinstance(record_of(module), ProjectionRecord):
+                replace_forward(module, ModuleRecord(self), _lora_forward)
         self._structure = self._look()
         self._forget_weights()
         self._digests.clear()
@@ -184,45 +269,41 @@ class Attachment:
 
     # ---- content ---------------------------------------------------------------------------------------------------
 
-    def stamp(self, names: Iterable[str]) -> tuple:
-        """Changes with everything about these adapters that shows without reading their weights: which tensors they are,
-        where, PyTorch's count of in-place changes, and the scalings. Cheap enough for every decode step.
-        """
-        parts: list[Any] = []
-        for name in names:
-            for scaling, lora_a, lora_b in self._watched:
-                if name not in scaling:
-                    continue
-                parts.append(scaling[name])
-                for linear in (lora_a.get(name), lora_b.get(name)):
-                    # A shared, frozen A is a buffer.
-                    for tensor in () if linear is None else (*linear._parameters.values(), *linear._buffers.values()):
-                        if tensor is not None:
-                            parts.append((id(tensor), tensor.data_ptr(), _version(tensor)))
-        return tuple(parts)
+    def stamp(self, names: Iterable[str]) -> Stamp:
+        """Everything about these adapters that shows without reading their weights; cheap to compare at every decode step."""
+        names = tuple(names)
+        stamp = self._stamps.get(names)
+        if stamp is None or not stamp.same_objects():
+            stamp = self._stamps[names] = Stamp(names)
+            for name in names:
+                for module, scaling, lora_a, lora_b in self._watched:
+                    if name in scaling:
+                        stamp.watch(module, scaling, lora_a, lora_b, name)
+        stamp.take()
+        # A copy: whoever compares with it must not see what is taken later.
+        return dataclasses.replace(stamp)
 
-    def content_digest(self, name: str) -> tuple:
-        """Content of an adapter: every weight and scaling. Read anew at each call; this is what notices a hot-swap."""
-        tensors, scalings = peft_adapters.content_tensors(self.lora_layers, name)
-        current = (*peft_adapters.digest(tensors), tuple(scalings))
-        if self._digests.setdefault(name, current) != current:
-            self._digests[name] = current
-            self._forget_weights()
-        return current
+    def content_digests(self, names: Iterable[str]) -> dict[str, tuple]:
+        """Content of adapters: every weight and scaling. Read anew at each call; this is what notices a hot-swap."""
+        contents: dict[str, tuple[Stamp, Digest]] = {}
+        for name in names:
+            known = self._contents.get(name)
+            if known is None or not known[1].lasts or not known[0].same_places():
+                tensors = peft_adapters.content_tensors(self.lora_layers, name)
+                known = self._contents[name] = (self.stamp((name,)), Digest(tensors))
+            contents[name] = known
+        found = {}
+        values = digests([digest for _, digest in contents.values()])
+        for (name, (stamp, _)), value in zip(contents.items(), values, strict=True):
+            found[name] = current = (*value, stamp.current_scalings())
+            if self._digests.setdefault(name, current) != current:
+                self._digests[name] = current
+                self._forget_weights()
+        return found
 
     def _forget_weights(self) -> None:
         self._weights.clear()
         self._weights_version += 1
-
-    def down_total(self, name: str) -> tuple:
-        """Content of all A's of an adapter on ``k_proj`` and ``v_proj`` together; cheaper than :meth:`down_digests`."""
-        weights: list[Any] = []
-        for layer in self.layers.values():
-            for which in PROJECTIONS:
-                projection = layer.projection(which)
-                if is_lora(projection) and name in projection.lora_A:
-                    weights.append(projection.lora_A[name].weight)
-        return peft_adapters.digest(weights)
 
     def down_digests(self, name: str) -> DownDigests:
         """Content of an adapter's A on each ``k_proj`` and ``v_proj`` it adapts."""
@@ -232,11 +313,11 @@ class Attachment:
                 projection = layer.projection(which)
                 if is_lora(projection) and name in projection.lora_A:
                     down = peft_adapters.down_projection(projection, [name])
-                    places[index, which] = (*peft_adapters.digest([down.weight]), down.rank, int(down.ones))
+                    places[index, which] = (*digest([down.weight]), down.rank, int(down.ones))
         return places
 
     def cached_weights(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """A tensor made of adapter weights, kept until :meth:`content_digest` or :meth:`refresh` sees a change."""
+        """A tensor made of adapter weights, kept until :meth:`content_digests` or :meth:`refresh` sees a change."""
         value = self._weights.get(key)
         if value is None:
             value = self._weights[key] = compute()
@@ -288,11 +369,19 @@ class Attachment:
         if self._checked != self._structure:
             peft_adapters.check_model_wide(self.root, getattr(self.root, "peft_config", {}) or {}, loaded)
             self._checked = self._structure
-        wanted = {*names, *agent}
-        for layer in self.layers.values():
-            for which in PROJECTIONS:
-                peft_adapters.check_expressible(f"{layer.path}.{which}", layer.projection(which), wanted)
+        wanted = tuple(sorted({*names, *agent}))
+        checked = self._expressible.get(wanted)
+        if checked is None or not checked.same_places():
+            for layer in self.layers.values():
+                for which in PROJECTIONS:
+                    peft_adapters.check_expressible(f"{layer.path}.{which}", layer.projection(which), wanted)
+            self._expressible[wanted] = self.stamp(wanted)
+        seen: tuple | None = None
         for path, module in self.lora_layers:
+            state = (module._disable_adapters, module._active_adapter)
+            if state == seen:
+                continue  # as on the layer before
+            seen = state
             active = () if module.disable_adapters else tuple(sorted(module.active_adapters))
             if set(active) & set(loaded) != set(agent) & set(loaded):
                 raise UnsupportedAdapterError(
@@ -323,10 +412,6 @@ class Attachment:
                     config._attn_implementation_internal = original
                     forget_original(config)
                 self.originals = []
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass
@@ -398,6 +483,17 @@ def restore_forward(module: nn.Module) -> None:
 
 
 # ---- the replaced methods ------------------------------------------------------------------------------------------
+
+
+def _lora_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    now = forward_scope.get()
+    products = None if now is None else now.products
+    if products is None or args or kwargs or record_of(self).original is not None:
+        return call_original(self, x, *args, **kwargs)
+    names = plain_adapters(self, x)
+    if names is None:
+        return call_original(self, x)
+    return linear_with_adapters(self, names, x, products)
 
 
 def _projection_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from . import adapters as peft_adapters
 from .adapters import Agent, agent_name
 from .attach import attach, attachment_of
-from .attachment import Attachment
+from .attachment import Attachment, Stamp
 from .buffers import TokenBuffer
 from .errors import SharedCacheError, UnsupportedAdapterError, UnsupportedModelError
 from .forward import ForwardPass, enter_from_inside
@@ -104,7 +104,7 @@ class SharedLoRACache(SharedCacheBase):
         self._ropes: dict[str, tuple[TokenBuffer, TokenBuffer]] = {}
         self._rope_length: dict[str, int] = {}
         self._policy: Policy | None = None
-        self._down_totals: dict[str, tuple] = {}
+        self._down_contents: dict[str, tuple] = {}
         self._down_digests: dict[str, DownDigests] = {}
         self._shared_down: DownDigests = {}
         # Content of every adapter that processed tokens or has entries, and the first token each processed.
@@ -112,7 +112,7 @@ class SharedLoRACache(SharedCacheBase):
         self._first_token: dict[str, int] = {}
         self._agents: dict[Agent, None] = {}
         self._last_agent: Agent | None = None
-        self._last_stamp: tuple = ()
+        self._last_stamp: Stamp | None = None
 
     # ---- what users ask --------------------------------------------------------------------------------------------
 
@@ -366,7 +366,7 @@ class SharedLoRACache(SharedCacheBase):
         copy._policy, copy._last_agent, copy._last_stamp = self._policy, self._last_agent, self._last_stamp
         for name in ("_coverage", "_rope_length", "_identities", "_first_token", "_agents"):
             setattr(copy, name, dict(getattr(self, name)))
-        for name in ("_down_totals", "_down_digests", "_shared_down"):
+        for name in ("_down_contents", "_down_digests", "_shared_down"):
             setattr(copy, name, dict(getattr(self, name)))
         return copy
 
@@ -403,7 +403,7 @@ class SharedLoRACache(SharedCacheBase):
         model on the stack that has this cache, and the outermost one that contains it.
         """
         now = forward_scope.get()
-        if now is not None and now.cache is self:
+        if self._in_prompt or (now is not None and now.cache is self):
             return False
         if torch.compiler.is_compiling():
             raise UnsupportedModelError("call lora_shared_cache.attach(model) before torch.compile")
@@ -474,21 +474,26 @@ class SharedLoRACache(SharedCacheBase):
         unchanged = (
             self._policy is not None
             and agent == self._last_agent
-            and attachment.stamp(self._watched(agent)) == self._last_stamp
+            and self._last_stamp is not None
+            and self._last_stamp.names == self._watched(agent)
+            and self._last_stamp.holds()
         )
         if unchanged and (not whole or self._in_prompt):
             return agent
         attachment.refresh()
         agent = attachment.agent()
-        self._drop_changed(attachment)
-        policy = self._resolve(attachment)
+        contents = self._read_contents(attachment, agent)
+        self._drop_changed(attachment, contents)
+        policy = self._resolve(attachment, contents)
         reads = {name for entry, _ in policy.readers(agent) for name in entry.names}
         writes = {name for entry in policy.writers(agent) for name in entry.names}
         attachment.check_adapters(agent, reads | writes)
         self._policy = policy
         for name in {*agent, *(writes if policy.name == "lr_precomputed" else ())}:
             if name not in self._identities:
-                self._identities[name] = attachment.content_digest(name)
+                self._identities[name] = (
+                    contents[name] if name in contents else attachment.content_digests([name])[name]
+                )
         self._last_agent = agent
         self._last_stamp = attachment.stamp(self._watched(agent))
         return agent
@@ -504,23 +509,31 @@ class SharedLoRACache(SharedCacheBase):
         if self._attachment is not None and self.trajectory_length and not (now is not None and now.cache is self):
             attachment, policy = self._attachment, self._policy
             attachment.refresh()
-            self._drop_changed(attachment)
+            contents = self._read_contents(attachment, ())
+            self._drop_changed(attachment, contents)
             names = attachment.adapters_on_keys_or_values()
             if policy is not None and names != policy.adapters:
                 # Whether a newcomer is refused is decided when it runs; until then it just has no entries.
                 if policy.name == "base_lr_shared":
-                    self._read_down_projections(attachment, names)
+                    self._read_down_projections(attachment, names, contents)
                     self._policy = Policy(policy.name, names, self._regroup(self._down_digests))
                 else:
                     self._policy = Policy(policy.name, names)
 
-    def _drop_changed(self, attachment: Attachment) -> None:
+    def _read_contents(self, attachment: Attachment, agent: Agent) -> dict[str, tuple]:
+        """Content of all adapters that matter to what is cached and to who may read it."""
+        names = {*self._identities, *agent}
+        if self.sharing in ("auto", "base_lr_shared"):
+            names.update(attachment.adapters_on_keys_or_values())
+        return attachment.content_digests(name for name in attachment.adapters() if name in names)
+
+    def _drop_changed(self, attachment: Attachment, contents: dict[str, tuple]) -> None:
         loaded = attachment.adapters()
         for name, identity in list(self._identities.items()):
             if name not in loaded:
                 # The agent has left: what it processed stays, its entries are of no use.
                 self._drop_entries(name)
-            elif attachment.content_digest(name) != identity:
+            elif contents[name] != identity:
                 first = self._first_token.get(name, self.trajectory_length)
                 self._drop_entries(name)
                 # Keys and values of tokens that it processed, and of all that attended to them, are those of weights that
@@ -542,7 +555,7 @@ class SharedLoRACache(SharedCacheBase):
         for layer in self.layers:
             layer.release_expanded()
 
-    def _resolve(self, attachment: Attachment) -> Policy:
+    def _resolve(self, attachment: Attachment, contents: dict[str, tuple]) -> Policy:
         """The policy for the adapters that are loaded now.
 
         Raises:
@@ -551,7 +564,7 @@ class SharedLoRACache(SharedCacheBase):
         names = attachment.adapters_on_keys_or_values()
         if self.sharing in ("base_shared", "lr_precomputed"):
             return Policy(self.sharing, names)
-        self._read_down_projections(attachment, names)
+        self._read_down_projections(attachment, names, contents)
         digests = self._down_digests
         empty = self.trajectory_length == 0
         difference = first_difference(digests)
@@ -585,12 +598,14 @@ class SharedLoRACache(SharedCacheBase):
         self._shared_down = {place: d for name in group for place, d in digests[name].items()}
         return tuple(group)
 
-    def _read_down_projections(self, attachment: Attachment, names: tuple[str, ...]) -> None:
+    def _read_down_projections(
+        self, attachment: Attachment, names: tuple[str, ...], contents: dict[str, tuple]
+    ) -> None:
+        """Content of every A, read again only where the adapter's content as a whole has changed."""
         self._down_digests = {name: d for name, d in self._down_digests.items() if name in names}
         for name in names:
-            total = attachment.down_total(name)
-            if self._down_totals.get(name) != total or name not in self._down_digests:
-                self._down_totals[name] = total
+            if self._down_contents.get(name) != contents[name] or name not in self._down_digests:
+                self._down_contents[name] = contents[name]
                 self._down_digests[name] = attachment.down_digests(name)
 
     # ---- lengths ---------------------------------------------------------------------------------------------------

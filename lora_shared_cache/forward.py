@@ -14,10 +14,13 @@ from flash_lora_attention import flash_lora_attention, flash_lora_attention_refe
 
 from . import adapters as peft_adapters
 from .adapters import Agent
+from .append import append_token
 from .attachment import Attachment, AttentionLayer, call_original
 from .attention import attention_backend
+from .buffers import NotReserved, TokenBuffer
 from .errors import TrajectoryError, UnsupportedModelError
 from .policies import Entry
+from .products import DownProducts
 from .scopes import forward_scope, layer_scope
 from .storage import SharedCacheBase, SharedLoRALayer
 from .trajectory import UNKNOWN_TOKEN
@@ -69,6 +72,7 @@ class ForwardPass:
         entered_from_inside: the model was attached in the middle of this very pass, so its end is the last layer's.
         rope_lengths: layer types whose cos/sin were stored in this pass, with the tokens that are then known.
         slot: set in a step whose lengths only the device knows.
+        products: set with it, how such a step computes its down-projections.
     """
 
     attachment: Attachment
@@ -86,6 +90,7 @@ class ForwardPass:
     entered_from_inside: bool = False
     rope_lengths: dict[str, int] = field(default_factory=dict)
     slot: Slot | None = None
+    products: DownProducts | None = None
 
     @property
     def seen(self) -> int:
@@ -127,6 +132,8 @@ class LayerPass:
         self.forward_pass = forward_pass
         self.layer = layer
         self.storage: SharedLoRALayer = forward_pass.cache.layers[layer.layer_idx]
+        # With a slot: what is to be written for the new token.
+        self._tokens: list[tuple[TokenBuffer, torch.Tensor]] = []
 
     # ---- projections -----------------------------------------------------------------------------------------------
 
@@ -152,13 +159,21 @@ class LayerPass:
         if not pending:
             return
         key = ("down", x.device, self.layer.layer_idx, which, tuple(entry for entry, _ in pending))
-        plan = now.attachment.cached_weights(key, lambda: _down_plan(module, [entry for entry, _ in pending]))
+        attachment = now.attachment
+
+        def current() -> Any:
+            return attachment.cached_weights(key, lambda: _down_plan(module, [entry for entry, _ in pending]))
+
+        plan = current()
         if plan is None:
             return
         weight, parts = plan
         first = min(start for _, start in pending)
         # One product for all adapters; each then keeps the tokens that are new to it.
-        a = F.linear(x[:, first - now.start :].to(weight.dtype), weight)
+        if now.products is None:
+            a = F.linear(x[:, first - now.start :].to(weight.dtype), weight)
+        else:
+            a = now.products.down(module, key, lambda: current()[0], x)
         dtype = now.cache.low_rank_dtype or dtype
         column = 0
         for (entry, start), (rank, ones) in zip(pending, parts, strict=True):
@@ -170,8 +185,10 @@ class LayerPass:
                 part = torch.cat((part, part.new_ones(*part.shape[:-1], 1)), dim=-1)
             if now.slot is None:
                 self.storage.write_entry(entry.key, which, start, part.to(dtype))
+            elif which in self.storage.entries.get(entry.key, {}):
+                self._tokens.append((self.storage.entries[entry.key][which], part))
             else:
-                self.storage.put_entry(entry.key, which, now.slot.index, part.to(dtype))
+                raise NotReserved
 
     # ---- storage ---------------------------------------------------------------------------------------------------
 
@@ -179,7 +196,10 @@ class LayerPass:
         """Store what is new of the base K/V (B, Hk, n, D); return tokens 0 ... stop (with a slot: the whole capacity)."""
         now = self.forward_pass
         if now.slot is not None:
-            self.storage.put_base(now.slot.index, key_states, value_states)
+            # The entries of this token, which the projections left, go with it.
+            self._tokens += [(self.storage.base_keys, key_states), (self.storage.base_values, value_states)]
+            append_token(now.slot.index, self._tokens)
+            self._tokens = []
         elif now.stop > now.previous:
             new = now.previous - now.start
             self.storage.write_base(now.previous, key_states[:, :, new:], value_states[:, :, new:])

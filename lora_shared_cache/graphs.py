@@ -20,6 +20,7 @@ from .attachment import Attachment, call_original
 from .attention import attention_backend
 from .buffers import MAX_SLACK, NotReserved, TokenBuffer, allocations
 from .forward import ForwardPass, Slot
+from .products import DownProducts
 from .scopes import forward_scope
 
 if TYPE_CHECKING:
@@ -78,24 +79,27 @@ class _Step:
     Attributes:
         ids, positions: (B, 1) and (B or 1, 1) int64, its inputs.
         slot: where the token goes.
+        products: how its down-projections are computed.
         graph: None until it is captured.
         fingerprint: all addresses and versions it was captured for.
         allocations: ``buffers.allocations()`` when they were last compared.
         rope_keys: layer types whose cos/sin it stores.
         useless: captures in a row that served less than two steps.
         served: steps since the last capture.
+        ran_with: identity of the weights with which it has run uncaptured.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     slot: Slot
+    products: DownProducts
     graph: Any = None
     fingerprint: tuple = ()
     allocations: int = -1
     rope_keys: tuple[str, ...] = ()
     useless: int = 0
     served: int = 0
-    run: int = 0
+    ran_with: tuple = ()
 
 
 @dataclass(eq=False)
@@ -133,10 +137,13 @@ class DecodeGraphs:
         self._device_at = -1
 
     # ---- one step --------------------------------------------------------------------------------------------------
+    # With graphs switched off a step on CUDA runs the same way, only uncaptured: it gives the very same numbers.
 
     def run(self, now: ForwardPass, kwargs: dict[str, Any]) -> Any:
         """The decoder's output for a decode step, or None: run it as any other pass."""
-        if not self.enabled or now.stop - now.start != 1 or now.start != now.previous or now.previous == 0:
+        if now.stop - now.start != 1 or now.start != now.previous or now.previous == 0:
+            return None
+        if not self.enabled and not now.ids.is_cuda:
             return None
         try:
             self._check(now, kwargs)
@@ -144,7 +151,7 @@ class DecodeGraphs:
         except (CannotCapture, NotReserved) as reason:
             # Nothing was committed; the step is run again as a whole.
             now.rope_lengths.clear()
-            if isinstance(reason, CannotCapture):
+            if self.enabled and isinstance(reason, CannotCapture):
                 self._explain(str(reason))
             return None
         self.eager_reason = None
@@ -187,9 +194,11 @@ class DecodeGraphs:
         )  # fmt: skip
         if now.attachment.takes_position_ids:
             arguments["position_ids"] = step.positions
-        if not step.run:
-            # The first step only runs: whatever libraries and kernels load or compile must not do so in a capture.
-            out = self._attempt(key, lambda: self._static_pass(now, arguments, step.slot))
+        if not self.enabled or step.ran_with != self._weights:
+            # The first step only runs: what libraries and kernels load or compile, and what is made of the adapters' weights,
+            # must not come to be in a capture.
+            step.graph, step.ran_with = None, self._weights
+            out = self._attempt(key, lambda: self._static_pass(now, arguments, step))
             step.rope_keys = tuple(now.rope_lengths)
         else:
             if step.graph is None or fingerprint != step.fingerprint:
@@ -197,19 +206,20 @@ class DecodeGraphs:
             out = step.graph.replay()
             now.rope_lengths.update(dict.fromkeys(step.rope_keys, now.stop))
             step.served += 1
-        step.run += 1
         step.fingerprint, step.allocations = fingerprint, allocations()
         self._device_at = now.stop
         return self._fresh(out)
 
-    def _static_pass(self, now: ForwardPass, arguments: dict[str, Any], slot: Slot) -> Any:
-        now.slot = slot
+    def _static_pass(self, now: ForwardPass, arguments: dict[str, Any], step: _Step) -> Any:
+        now.slot, now.products = step.slot, step.products
         now.rope_lengths.clear()
+        step.products.restart()
         try:
             with forward_scope(now):
                 out = call_original(now.attachment.decoder, **arguments)
         finally:
-            now.slot = None
+            now.slot = now.products = None
+        step.products.finish()
         assert self._state is not None
         self._state.add_(1)  # the next token's place
         return out
@@ -221,9 +231,7 @@ class DecodeGraphs:
             self._refuse(key, "the cache's storage or the adapters change at every step")
         if self._pool is None and now.ids.is_cuda:
             self._pool = torch.cuda.graph_pool_handle()
-        step.graph = self._attempt(
-            key, lambda: CudaGraph(lambda: self._static_pass(now, arguments, step.slot), self._pool)
-        )
+        step.graph = self._attempt(key, lambda: CudaGraph(lambda: self._static_pass(now, arguments, step), self._pool))
 
     def _attempt(self, key: tuple, run: Callable[[], Any]) -> Any:
         try:
@@ -263,10 +271,10 @@ class DecodeGraphs:
         slot = Slot(self._state[0], self._state[1:].expand(now.ids.shape[0]), capacity)
         with torch.inference_mode(False):
             ids, positions = (torch.zeros(n, 1, dtype=torch.int64, device=device) for n in (now.ids.shape[0], rows))
-        step = _Step(ids, positions, slot)
+        step = _Step(ids, positions, slot, DownProducts(now.attachment) if before is None else before.products)
         if before is not None:
             # Storage has grown: everything is loaded, only addresses and the capacity are new.
-            step.run, step.rope_keys, step.useless = before.run, before.rope_keys, before.useless
+            step.ran_with, step.rope_keys, step.useless = before.ran_with, before.rope_keys, before.useless
             step.served, step.graph = before.served, before.graph
         return step
 

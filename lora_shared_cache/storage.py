@@ -12,7 +12,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from .buffers import NotReserved, TokenBuffer
+from .buffers import TokenBuffer
 from .policies import EntryKey
 
 if TYPE_CHECKING:
@@ -139,17 +139,6 @@ class SharedLoRALayer(CacheLayerMixin):
         if which not in buffers:
             buffers[which] = TokenBuffer(-2, self.max_tokens)
         buffers[which].write(start, a)
-
-    def put_base(self, index: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Write base K/V (B, Hk, 1, D) of the token ``index``, () int64 on the device."""
-        self.base_keys.put(index, key_states)
-        self.base_values.put(index, value_states)
-
-    def put_entry(self, key: EntryKey, which: str, index: torch.Tensor, a: torch.Tensor) -> None:
-        """Write the low-rank entry (B, 1, r) of the token ``index``, () int64 on the device."""
-        if which not in self.entries.get(key, {}):
-            raise NotReserved
-        self.entries[key][which].put(index, a)
 
     def release_expanded(self) -> None:
         """Give back the expanded keys."""

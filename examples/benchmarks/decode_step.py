@@ -226,21 +226,24 @@ class Run:
 
     Attributes:
         text: (1, longest context) token ids.
+        stops: contexts at which the text is cut into chunks, so that every cache is filled with the very same products.
         held: tokens of it in the cache.
     """
 
     model: PeftModel
     cache: Cache
     text: torch.Tensor
+    stops: tuple[int, ...] = ()
     held: int = 0
 
     @torch.no_grad()
     def fill(self, tokens: int) -> None:
         """Run the text up to ``tokens`` in chunks."""
-        for start in range(self.held, tokens, CHUNK):
-            chunk = self.text[:, start : min(start + CHUNK, tokens)]
-            self.model(input_ids=chunk, past_key_values=self.cache, logits_to_keep=1)
-        self.held = tokens
+        for stop in (*(s for s in self.stops if self.held < s < tokens), tokens):
+            for start in range(self.held, stop, CHUNK):
+                chunk = self.text[:, start : min(start + CHUNK, stop)]
+                self.model(input_ids=chunk, past_key_values=self.cache, logits_to_keep=1)
+            self.held = stop
         synchronize(self.text.device)
 
     def rewind(self) -> None:
@@ -479,7 +482,8 @@ def run_variant(
                     peak(text.device, arguments.weights)
                     # A call's last token is not run; the direct steps come to fewer.
                     room = context + max(arguments.tokens, FIRST_CALL, 5 + PROFILED)
-                    run = Run(model, variant.make(model, room), text)
+                    stops = tuple(c - 1 for c in sorted(arguments.contexts))
+                    run = Run(model, variant.make(model, room), text, stops)
                 row |= measure(run, name, context, arguments)
                 row |= compare(row, report)
                 row["row_s"] = time.perf_counter() - start

@@ -1,0 +1,44 @@
+"""The launch behind ``append.append_token``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _append_kernel(  # type: ignore[no-untyped-def]
+    INDEX, TARGETS, SOURCES, target_b, target_h, target_t, source_b, source_h,
+    N: tl.constexpr, HEADS: tl.constexpr, WIDTHS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One job and one row per program; the tuples hold one element per job."""
+    job = tl.program_id(0)
+    i_b = tl.program_id(1).to(tl.int64)
+    t = tl.load(INDEX)
+    for j in tl.static_range(N):
+        if job == j:
+            o = tl.arange(0, BLOCKS[j])
+            o_h = (o // WIDTHS[j]).to(tl.int64)
+            o_d = o % WIDTHS[j]
+            m = o < HEADS[j] * WIDTHS[j]
+            b_x = tl.load(SOURCES[j] + i_b * source_b[j] + o_h * source_h[j] + o_d, mask=m)
+            p_t = TARGETS[j] + i_b * target_b[j] + o_h * target_h[j] + t * target_t[j] + o_d
+            tl.store(p_t, b_x.to(TARGETS[j].dtype.element_ty), mask=m)
+
+
+def append_token_kernel(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Write tokens (B, H, 1, D) or (B, 1, r) into storage (B, H, T, D) or (B, T, r) at ``index``."""
+    four = [tuple(t if t.dim() == 4 else t[:, None] for t in job) for job in jobs]
+    targets = tuple(target for target, _ in four)
+    sources = tuple(new if new.stride(-1) == 1 else new.contiguous() for _, new in four)
+    heads, widths = tuple(t.shape[1] for t in targets), tuple(t.shape[-1] for t in targets)
+    _append_kernel[(len(jobs), sources[0].shape[0])](
+        index, targets, sources,
+        tuple(t.stride(0) for t in targets), tuple(t.stride(1) for t in targets), tuple(t.stride(2) for t in targets),
+        tuple(s.stride(0) for s in sources), tuple(s.stride(1) for s in sources),
+        N=len(jobs), HEADS=heads, WIDTHS=widths,
+        BLOCKS=tuple(triton.next_power_of_2(h * w) for h, w in zip(heads, widths, strict=True)),
+    )  # fmt: skip
