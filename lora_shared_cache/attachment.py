@@ -6,7 +6,6 @@ with a shared cache is in ``forward.py``.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import operator
@@ -23,7 +22,7 @@ from torch.nn.modules import module as torch_module
 from . import adapters as peft_adapters
 from .adapters import Agent, is_lora
 from .attention import ATTENTION_NAME, forget_original, remember_original
-from .digest import Digest, digest, digests
+from .digest import Digest, DigestReader, digest
 from .errors import UnsupportedAdapterError, UnsupportedModelError
 from .layout import NO_ROTATION, LayoutProbe, RotaryLayout, find_layout
 from .policies import DownDigests
@@ -38,30 +37,33 @@ PROJECTIONS = ("k_proj", "v_proj")
 _switch_lock = threading.Lock()
 
 
-@dataclass
-class Stamp:
-    """Which modules and tensors some adapters consist of, where, PyTorch's count of in-place changes, and the scalings.
+@dataclass(eq=False)
+class AdapterWatch:
+    """What an adapter consists of, and how it was when it was last looked at: tensors, their addresses, PyTorch's count of
+    in-place changes, and the scalings. All that shows without reading the weights.
 
     Attributes:
-        names: the adapters.
         scalings: (dict of scalings, adapter) of each layer.
         modules: (dict of modules, adapter) of each A and B.
         places: (dict of tensors, key) of each weight of an A or B.
-        partial: there are weights besides (of embeddings, say), which a stamp does not know.
+        partial: there are weights besides (of embeddings, say), which are not watched.
+        digest: reads the content of its weights, or None: not yet.
+        changes: how often counts or scalings were found to be others than before.
     """
 
-    names: tuple[str, ...]
     scalings: list[tuple[dict, str]] = field(default_factory=list)
     modules: list[tuple[dict, str]] = field(default_factory=list)
     places: list[tuple[dict, str]] = field(default_factory=list)
     partial: bool = False
+    digest: Digest | None = None
+    changes: int = 0
     _objects: list[Any] = field(default_factory=list)
     _addresses: list[int] = field(default_factory=list)
     _versions: list[int] = field(default_factory=list)
     _scalings: tuple = ()
 
-    def watch(self, module: Any, scaling: dict, lora_a: dict, lora_b: dict, name: str) -> None:
-        """Add one LoRA layer that has the adapter."""
+    def add(self, module: Any, scaling: dict, lora_a: dict, lora_b: dict, name: str) -> None:
+        """Watch one LoRA layer that has the adapter."""
         self.scalings.append((scaling, name))
         for container in (lora_a, lora_b):
             self.modules.append((container, name))
@@ -76,25 +78,26 @@ class Stamp:
     def take(self) -> None:
         """Note how everything is now."""
         self._objects = self._now()
-        self._addresses, self._versions, self._scalings = self._address(), self._version(), self.current_scalings()
+        self._addresses, (self._versions, self._scalings) = self._address(), self._numbers()
 
-    def holds(self) -> bool:
-        """Whether everything is as it was."""
-        return self.same_places() and (self._versions, self._scalings) == (self._version(), self.current_scalings())
-
-    def same_objects(self) -> bool:
-        """Whether the same modules have the same tensors; of a stamp that was never taken, False."""
+    def consists_of_the_same(self) -> bool:
+        """Whether the adapter consists of the same tensors at the same addresses, and of nothing that is not watched."""
         now = self._now()
         # Not equality: that of tensors is another thing.
-        return bool(now) and len(now) == len(self._objects) and all(map(operator.is_, now, self._objects))
+        same = not self.partial and bool(now) and all(map(operator.is_, now, self._objects))
+        return same and self._addresses == self._address()
 
-    def same_places(self) -> bool:
-        """Whether the adapters consist of the same tensors at the same addresses, and of nothing that is not watched."""
-        return not self.partial and self.same_objects() and self._addresses == self._address()
+    def numbers_hold(self) -> bool:
+        """Whether nothing was changed in place; of an adapter that still consists of the same."""
+        return (self._versions, self._scalings) == self._numbers()
 
-    def current_scalings(self) -> tuple:
-        """The scaling of each layer."""
-        return tuple([owner.get(key) for owner, key in self.scalings])
+    def take_numbers(self) -> tuple:
+        """Note the counts and scalings as they are now; returns the scalings."""
+        numbers = self._numbers()
+        if numbers != (self._versions, self._scalings):
+            self._versions, self._scalings = numbers
+            self.changes += 1
+        return self._scalings
 
     def _now(self) -> list[Any]:
         return [owner.get(key) for owner, key in self.places] + [owner.get(key) for owner, key in self.modules]
@@ -102,11 +105,12 @@ class Stamp:
     def _address(self) -> list[int]:
         return [t.data_ptr() for t in self._objects[: len(self.places)]]
 
-    def _version(self) -> list[int]:
+    def _numbers(self) -> tuple[list[int], tuple]:
         try:
-            return [t._version for t in self._objects[: len(self.places)]]
+            versions = [t._version for t in self._objects[: len(self.places)]]
         except RuntimeError:
-            return []  # inference tensors keep no count
+            versions = []  # inference tensors keep no count
+        return versions, tuple([owner.get(key) for owner, key in self.scalings])
 
 
 @dataclass
@@ -191,9 +195,11 @@ class Attachment:
     _structure: Any = None
     _checked: Any = None
     _watched: list[tuple[Any, dict, dict, dict]] = field(default_factory=list)
-    _expressible: dict[tuple[str, ...], Stamp] = field(default_factory=dict)
-    _stamps: dict[tuple[str, ...], Stamp] = field(default_factory=dict)
-    _contents: dict[str, tuple[Stamp, Digest]] = field(default_factory=dict)
+    _expressible: dict[tuple[str, ...], list[AdapterWatch]] = field(default_factory=dict)
+    _watches: dict[str, AdapterWatch] = field(default_factory=dict)
+    _reader: DigestReader = field(default_factory=DigestReader)
+    _names: tuple[str, ...] = ()
+    _names_on_keys_or_values: tuple[str, ...] = ()
     _weights: dict[Any, Any] = field(default_factory=dict)
     _digests: dict[str, Any] = field(default_factory=dict)
     _weights_version: int = 0
@@ -210,14 +216,17 @@ class Attachment:
         self.lora_layers = [(path, m) for path, m in self.root.named_modules() if is_lora(m)]
         # The dicts themselves: going through nn.Module's attributes costs more than all the rest of a stamp.
         self._watched = [(m, m.scaling, m.lora_A._modules, m.lora_B._modules) for _, m in self.lora_layers]
-        self._stamps.clear()
-        self._contents.clear()
+        self._watches.clear()
         self._expressible.clear()
+        self._names = tuple(sorted({name for _, module in self.lora_layers for name in module.scaling}))
+        names: set[str] = set()
         for layer in self.layers.values():
             for which in PROJECTIONS:
                 projection = layer.projection(which)
                 if is_lora(projection):
+                    names.update(projection.lora_A)
                     replace_forward(projection, ProjectionRecord(layer, which), _projection_forward)
+        self._names_on_keys_or_values = tuple(sorted(names))
         inside = {id(m) for m in self.decoder.modules()}
         for _, module in self.lora_layers:
             if id(module) in inside and not isinstance(record_of(module), ProjectionRecord):
@@ -243,17 +252,11 @@ class Attachment:
 
     def adapters(self) -> tuple[str, ...]:
         """Names of all adapters that have a LoRA layer, sorted."""
-        return tuple(sorted({name for _, module in self.lora_layers for name in module.scaling}))
+        return self._names
 
     def adapters_on_keys_or_values(self) -> tuple[str, ...]:
         """Names of the adapters with a LoRA on some ``k_proj`` or ``v_proj``, sorted."""
-        names: set[str] = set()
-        for layer in self.layers.values():
-            for which in PROJECTIONS:
-                projection = layer.projection(which)
-                if is_lora(projection):
-                    names.update(projection.lora_A)
-        return tuple(sorted(names))
+        return self._names_on_keys_or_values
 
     def agent(self) -> Agent:
         """Who is active now: sorted adapter names, or () for the base model."""
@@ -269,33 +272,43 @@ class Attachment:
 
     # ---- content ---------------------------------------------------------------------------------------------------
 
-    def stamp(self, names: Iterable[str]) -> Stamp:
-        """Everything about these adapters that shows without reading their weights; cheap to compare at every decode step."""
-        names = tuple(names)
-        stamp = self._stamps.get(names)
-        if stamp is None or not stamp.same_objects():
-            stamp = self._stamps[names] = Stamp(names)
-            for name in names:
-                for module, scaling, lora_a, lora_b in self._watched:
-                    if name in scaling:
-                        stamp.watch(module, scaling, lora_a, lora_b, name)
-        stamp.take()
-        # A copy: whoever compares with it must not see what is taken later.
-        return dataclasses.replace(stamp)
+    def watch(self, name: str) -> AdapterWatch:
+        """What is known of an adapter; made anew if it consists of other tensors than when last looked at."""
+        watch = self._watches.get(name)
+        if watch is None or not watch.consists_of_the_same():
+            watch = self._watches[name] = AdapterWatch()
+            for module, scaling, lora_a, lora_b in self._watched:
+                if name in scaling:
+                    watch.add(module, scaling, lora_a, lora_b, name)
+            watch.take()
+        return watch
+
+    def state(self, names: Iterable[str]) -> list[tuple[str, AdapterWatch, int]]:
+        """How these adapters are now, for :meth:`unchanged`."""
+        watches = [(name, self._watches[name]) for name in names if name in self._watches]
+        return [(name, watch, watch.changes) for name, watch in watches]
+
+    def unchanged(self, state: Iterable[tuple[str, AdapterWatch, int]]) -> bool:
+        """Whether these adapters are as they were, as far as that shows without reading their weights. Cheap enough for every
+        decode step."""
+        return all(
+            self._watches.get(name) is watch
+            and watch.changes == changes
+            and watch.consists_of_the_same()
+            and watch.numbers_hold()
+            for name, watch, changes in state
+        )
 
     def content_digests(self, names: Iterable[str]) -> dict[str, tuple]:
         """Content of adapters: every weight and scaling. Read anew at each call; this is what notices a hot-swap."""
-        contents: dict[str, tuple[Stamp, Digest]] = {}
-        for name in names:
-            known = self._contents.get(name)
-            if known is None or not known[1].lasts or not known[0].same_places():
-                tensors = peft_adapters.content_tensors(self.lora_layers, name)
-                known = self._contents[name] = (self.stamp((name,)), Digest(tensors))
-            contents[name] = known
+        watches = {name: self.watch(name) for name in names}
+        for name, watch in watches.items():
+            if watch.digest is None or not watch.digest.lasts:
+                watch.digest = Digest(peft_adapters.content_tensors(self.lora_layers, name))
         found = {}
-        values = digests([digest for _, digest in contents.values()])
-        for (name, (stamp, _)), value in zip(contents.items(), values, strict=True):
-            found[name] = current = (*value, stamp.current_scalings())
+        values = self._reader.read([watch.digest for watch in watches.values() if watch.digest is not None])
+        for (name, watch), value in zip(watches.items(), values, strict=True):
+            found[name] = current = (*value, watch.take_numbers())
             if self._digests.setdefault(name, current) != current:
                 self._digests[name] = current
                 self._forget_weights()
@@ -370,12 +383,12 @@ class Attachment:
             peft_adapters.check_model_wide(self.root, getattr(self.root, "peft_config", {}) or {}, loaded)
             self._checked = self._structure
         wanted = tuple(sorted({*names, *agent}))
-        checked = self._expressible.get(wanted)
-        if checked is None or not checked.same_places():
+        watches = [self.watch(name) for name in wanted if name in loaded]
+        if self._expressible.get(wanted) != watches:
             for layer in self.layers.values():
                 for which in PROJECTIONS:
                     peft_adapters.check_expressible(f"{layer.path}.{which}", layer.projection(which), wanted)
-            self._expressible[wanted] = self.stamp(wanted)
+            self._expressible[wanted] = watches
         seen: tuple | None = None
         for path, module in self.lora_layers:
             state = (module._disable_adapters, module._active_adapter)

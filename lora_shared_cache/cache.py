@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from . import adapters as peft_adapters
 from .adapters import Agent, agent_name
 from .attach import attach, attachment_of
-from .attachment import Attachment, Stamp
+from .attachment import AdapterWatch, Attachment
 from .buffers import TokenBuffer
 from .errors import SharedCacheError, UnsupportedAdapterError, UnsupportedModelError
 from .forward import ForwardPass, enter_from_inside
@@ -105,14 +105,16 @@ class SharedLoRACache(SharedCacheBase):
         self._rope_length: dict[str, int] = {}
         self._policy: Policy | None = None
         self._down_contents: dict[str, tuple] = {}
+        self._down_difference: tuple[int, str, str, str] | None = None
         self._down_digests: dict[str, DownDigests] = {}
         self._shared_down: DownDigests = {}
         # Content of every adapter that processed tokens or has entries, and the first token each processed.
         self._identities: dict[str, tuple] = {}
         self._first_token: dict[str, int] = {}
         self._agents: dict[Agent, None] = {}
-        self._last_agent: Agent | None = None
-        self._last_stamp: Stamp | None = None
+        # Who ran last, with the adapters that matter to it, and how they were.
+        self._last_agent: tuple[Agent, tuple[str, ...]] | None = None
+        self._last_state: list[tuple[str, AdapterWatch, int]] = []
 
     # ---- what users ask --------------------------------------------------------------------------------------------
 
@@ -363,9 +365,10 @@ class SharedLoRACache(SharedCacheBase):
         copy.layers = [layer.clone(copy) for layer in self.layers]
         copy._trajectory = self._trajectory.clone()
         copy._ropes = {key: (cos.clone(), sin.clone()) for key, (cos, sin) in self._ropes.items()}
-        copy._policy, copy._last_agent, copy._last_stamp = self._policy, self._last_agent, self._last_stamp
+        copy._policy, copy._last_agent, copy._last_state = self._policy, self._last_agent, self._last_state
         for name in ("_coverage", "_rope_length", "_identities", "_first_token", "_agents"):
             setattr(copy, name, dict(getattr(self, name)))
+        copy._down_difference = self._down_difference
         for name in ("_down_contents", "_down_digests", "_shared_down"):
             setattr(copy, name, dict(getattr(self, name)))
         return copy
@@ -471,15 +474,10 @@ class SharedLoRACache(SharedCacheBase):
         peft_adapters.check_not_merged(attachment.lora_layers)
         if attachment.decoder.training:
             peft_adapters.check_no_dropout(attachment.lora_layers, agent)
-        unchanged = (
-            self._policy is not None
-            and agent == self._last_agent
-            and self._last_stamp is not None
-            and self._last_stamp.names == self._watched(agent)
-            and self._last_stamp.holds()
-        )
-        if unchanged and (not whole or self._in_prompt):
-            return agent
+        if not whole or self._in_prompt:
+            same = self._policy is not None and (agent, self._watched(agent)) == self._last_agent
+            if same and attachment.unchanged(self._last_state):
+                return agent
         attachment.refresh()
         agent = attachment.agent()
         contents = self._read_contents(attachment, agent)
@@ -494,8 +492,8 @@ class SharedLoRACache(SharedCacheBase):
                 self._identities[name] = (
                     contents[name] if name in contents else attachment.content_digests([name])[name]
                 )
-        self._last_agent = agent
-        self._last_stamp = attachment.stamp(self._watched(agent))
+        self._last_agent = (agent, self._watched(agent))
+        self._last_state = attachment.state(self._watched(agent))
         return agent
 
     def _watched(self, agent: Agent) -> tuple[str, ...]:
@@ -567,7 +565,7 @@ class SharedLoRACache(SharedCacheBase):
         self._read_down_projections(attachment, names, contents)
         digests = self._down_digests
         empty = self.trajectory_length == 0
-        difference = first_difference(digests)
+        difference = self._down_difference
         if self.sharing == "base_lr_shared" and difference is not None:
             layer_idx, which, one, other = difference
             raise UnsupportedAdapterError(
@@ -602,11 +600,14 @@ class SharedLoRACache(SharedCacheBase):
         self, attachment: Attachment, names: tuple[str, ...], contents: dict[str, tuple]
     ) -> None:
         """Content of every A, read again only where the adapter's content as a whole has changed."""
-        self._down_digests = {name: d for name, d in self._down_digests.items() if name in names}
+        wanted = {name: contents[name] for name in names}
+        if self._down_contents == wanted:
+            return
+        before, self._down_digests = self._down_digests, {}
         for name in names:
-            if self._down_contents.get(name) != contents[name] or name not in self._down_digests:
-                self._down_contents[name] = contents[name]
-                self._down_digests[name] = attachment.down_digests(name)
+            known = name in before and self._down_contents.get(name) == contents[name]
+            self._down_digests[name] = before[name] if known else attachment.down_digests(name)
+        self._down_contents, self._down_difference = wanted, first_difference(self._down_digests)
 
     # ---- lengths ---------------------------------------------------------------------------------------------------
 

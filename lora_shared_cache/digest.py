@@ -7,7 +7,8 @@ On CUDA that is one kernel over a table of addresses, without copies; elsewhere 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -26,13 +27,18 @@ class Digest:
     Args:
         tensors: the weights, on any devices.
 
+    Attributes:
+        words: the weights as integers, by device.
+        lasts: False if a tensor had to be copied, which would then be read as it is now for ever.
+
     Raises:
         UnsupportedAdapterError: for a tensor on the meta device (an offloaded adapter).
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]):
         self._count = len(tensors)
-        words: dict[torch.device, list[torch.Tensor]] = {}
+        self.lasts = all(t.is_contiguous() for t in tensors)
+        self.words: dict[torch.device, list[torch.Tensor]] = {}
         for t in tensors:
             if t.device.type == "meta":
                 raise UnsupportedAdapterError(
@@ -43,27 +49,11 @@ class Digest:
                 continue
             size = flat.numel() * flat.element_size()
             whole = size % 8 == 0 and flat.data_ptr() % 8 == 0
-            words.setdefault(t.device, []).append(
+            self.words.setdefault(t.device, []).append(
                 flat.view(torch.int64 if whole else _INTEGER_OF_SIZE[flat.element_size()])
             )
-        # A tensor that was copied to be contiguous would be read as it is now for ever.
-        self.lasts = all(t.is_contiguous() for t in tensors)
-        self._words = words
-        self._tables = {device: _table(parts) for device, parts in words.items() if _by_kernel(device, parts)}
 
-    def start(self) -> list[torch.Tensor]:
-        """Begin to compute; the result goes to :meth:`finish`."""
-        sums = []
-        for device, parts in self._words.items():
-            if device in self._tables:
-                from .digest_kernel import digest_words
-
-                sums.append(digest_words(self._tables[device], _CHUNK))
-            else:
-                sums.append(_sums(parts, device))
-        return sums
-
-    def finish(self, sums: list[list[int]]) -> tuple[int, int]:
+    def finish(self, sums: Iterable[Sequence[int]]) -> tuple[int, int]:
         """128 bits from the two sums of each device."""
         first = second = self._count
         for pair in sums:
@@ -71,17 +61,34 @@ class Digest:
         return first, second
 
 
-def digests(wanted: Sequence[Digest]) -> list[tuple[int, int]]:
-    """All digests, waiting for each device once."""
-    started = [digest.start() for digest in wanted]
-    flat = [pair for sums in started for pair in sums]
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for pair in flat:
-        by_device.setdefault(pair.device, []).append(pair)
-    read = {device: iter(torch.stack(pairs).tolist()) for device, pairs in by_device.items()}
-    return [
-        digest.finish([next(read[pair.device]) for pair in sums]) for digest, sums in zip(wanted, started, strict=True)
-    ]
+class DigestReader:
+    """Reads several digests together: one launch and one synchronisation per device, while they stay the same."""
+
+    def __init__(self) -> None:
+        self._digests: list[Digest] = []
+        self._tables: dict[torch.device, tuple[torch.Tensor | None, list[Digest]]] = {}
+
+    def read(self, wanted: Sequence[Digest]) -> list[tuple[int, int]]:
+        """The content of each, as it is now."""
+        if len(wanted) != len(self._digests) or not all(map(operator.is_, wanted, self._digests)):
+            self._digests, self._tables = list(wanted), {}
+            for device in dict.fromkeys(device for digest in wanted for device in digest.words):
+                there = [digest for digest in wanted if device in digest.words]
+                by_kernel = device.type == "cuda" and _HAS_TRITON
+                by_kernel = by_kernel and all(w.dtype == torch.int64 for digest in there for w in digest.words[device])
+                table = _table([digest.words[device] for digest in there]) if by_kernel else None
+                self._tables[device] = (table, there)
+        sums: dict[int, list[Sequence[int]]] = {id(digest): [] for digest in wanted}
+        for device, (table, there) in self._tables.items():
+            if table is None:
+                read = torch.stack([_sums(digest.words[device], device) for digest in there]).tolist()
+            else:
+                from .digest_kernel import digest_words
+
+                read = digest_words(table, len(there), _CHUNK).tolist()
+            for digest, pair in zip(there, read, strict=True):
+                sums[id(digest)].append(pair)
+        return [digest.finish(sums[id(digest)]) for digest in wanted]
 
 
 def digest(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
@@ -90,7 +97,7 @@ def digest(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
     Raises:
         UnsupportedAdapterError: for a tensor on the meta device (an offloaded adapter).
     """
-    return digests([Digest(tensors)])[0]
+    return DigestReader().read([Digest(tensors)])[0]
 
 
 def _sums(parts: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -100,15 +107,13 @@ def _sums(parts: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     return torch.stack(((joined * (weights | 1)).sum(), (mixed * ((weights >> 7) | 1)).sum()))
 
 
-def _by_kernel(device: torch.device, parts: list[torch.Tensor]) -> bool:
-    return device.type == "cuda" and _HAS_TRITON and all(part.dtype == torch.int64 for part in parts)
-
-
-def _table(parts: list[torch.Tensor]) -> torch.Tensor:
-    """(chunks, 3) int64: address of up to ``_CHUNK`` words, how many, and the number of the first."""
-    rows, first = [], 0
-    for part in parts:
-        for start in range(0, part.numel(), _CHUNK):
-            rows.append((part.data_ptr() + 8 * start, min(_CHUNK, part.numel() - start), first + start))
-        first += part.numel()
-    return torch.tensor(rows, dtype=torch.int64, device=parts[0].device)
+def _table(digests: list[list[torch.Tensor]]) -> torch.Tensor:
+    """(chunks, 4) int64: address of up to ``_CHUNK`` words, how many, the number of the first, and which digest they are of."""
+    rows = []
+    for which, parts in enumerate(digests):
+        first = 0
+        for part in parts:
+            for start in range(0, part.numel(), _CHUNK):
+                rows.append((part.data_ptr() + 8 * start, min(_CHUNK, part.numel() - start), first + start, which))
+            first += part.numel()
+    return torch.tensor(rows, dtype=torch.int64, device=digests[0][0].device)

@@ -13,11 +13,12 @@ _MULTIPLIER = tl.constexpr(MULTIPLIER)
 
 @triton.jit
 def digest_kernel(TABLE, OUT, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One chunk of words; TABLE (chunks, 3) int64, OUT (2,) int64 zeros. Integer sums: the order does not matter."""
+    """One chunk of words; TABLE (chunks, 4) int64, OUT (digests, 2) int64 zeros. Integer sums: the order does not matter."""
     i = tl.program_id(0)
-    address = tl.load(TABLE + 3 * i)
-    words = tl.load(TABLE + 3 * i + 1)
-    first = tl.load(TABLE + 3 * i + 2)
+    address = tl.load(TABLE + 4 * i)
+    words = tl.load(TABLE + 4 * i + 1)
+    first = tl.load(TABLE + 4 * i + 2)
+    OUT += 2 * tl.load(TABLE + 4 * i + 3)
     o = tl.arange(0, CHUNK)
     b_x = tl.load(address.to(tl.pointer_type(tl.int64)) + o, mask=o < words, other=0)
     b_w = (first + o + 1) * _MULTIPLIER
@@ -25,9 +26,8 @@ def digest_kernel(TABLE, OUT, CHUNK: tl.constexpr):  # type: ignore[no-untyped-d
     tl.atomic_add(OUT + 1, tl.sum((b_x ^ (b_x >> 29)) * ((b_w >> 7) | 1)))
 
 
-def digest_words(table: torch.Tensor, chunk: int) -> torch.Tensor:
-    """(2,) int64 on the table's device."""
-    out = torch.zeros(2, dtype=torch.int64, device=table.device)
-    if len(table):
-        digest_kernel[(len(table),)](table, out, CHUNK=chunk)
+def digest_words(table: torch.Tensor, digests: int, chunk: int) -> torch.Tensor:
+    """(digests, 2) int64 on the table's device."""
+    out = torch.zeros(digests, 2, dtype=torch.int64, device=table.device)
+    digest_kernel[(len(table),)](table, out, CHUNK=chunk)
     return out

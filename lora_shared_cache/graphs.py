@@ -229,7 +229,8 @@ class DecodeGraphs:
         step.graph, step.served = None, 0  # its memory serves the next capture
         if step.useless > _MAX_USELESS_CAPTURES:
             self._refuse(key, "the cache's storage or the adapters change at every step")
-        if self._pool is None and now.ids.is_cuda:
+        if now.ids.is_cuda and not any(other.graph for other in self._steps.values()):
+            # A pool ends with its last graph.
             self._pool = torch.cuda.graph_pool_handle()
         step.graph = self._attempt(key, lambda: CudaGraph(lambda: self._static_pass(now, arguments, step), self._pool))
 
@@ -241,7 +242,12 @@ class DecodeGraphs:
         except Exception as error:
             # Whatever a model does that can't be captured (it asks the device for a number, say) shows here. If the error has
             # another cause, the step that is run instead raises it again.
-            text = str(error).splitlines()[0] if str(error) else repr(error)
+            cause: BaseException = error
+            while cause.__context__ is not None:
+                cause = (
+                    cause.__context__
+                )  # that a capture failed is said by another error after the one that made it fail
+            text = str(cause).splitlines()[0] if str(cause) else repr(cause)
             self._refuse(key, f"the model can't be captured: {text}", error)
 
     def _refuse(self, key: tuple, reason: str, error: Exception | None = None) -> NoReturn:
