@@ -10,7 +10,7 @@ import functools
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -43,48 +43,51 @@ class AdapterWatch:
     in-place changes, and the scalings. All that shows without reading the weights.
 
     Attributes:
-        scalings: (dict of scalings, adapter) of each layer.
-        modules: (dict of modules, adapter) of each A and B.
-        places: (dict of tensors, key) of each weight of an A or B.
+        scalings: where the scaling of each layer is.
+        modules: where each A and B is.
+        places: where each weight of an A or B is.
         partial: there are weights besides (of embeddings, say), which are not watched.
         digest: reads the content of its weights, or None: not yet.
         changes: how often counts or scalings were found to be others than before.
     """
 
-    scalings: list[tuple[dict, str]] = field(default_factory=list)
-    modules: list[tuple[dict, str]] = field(default_factory=list)
-    places: list[tuple[dict, str]] = field(default_factory=list)
+    scalings: _Places = field(default_factory=lambda: ([], []))
+    modules: _Places = field(default_factory=lambda: ([], []))
+    places: _Places = field(default_factory=lambda: ([], []))
     partial: bool = False
     digest: Digest | None = None
     changes: int = 0
-    _objects: list[Any] = field(default_factory=list)
+    _tensors: list[Any] = field(default_factory=list)
+    _layers: list[Any] = field(default_factory=list)
     _addresses: list[int] = field(default_factory=list)
     _versions: list[int] = field(default_factory=list)
     _scalings: tuple = ()
 
     def add(self, module: Any, scaling: dict, lora_a: dict, lora_b: dict, name: str) -> None:
         """Watch one LoRA layer that has the adapter."""
-        self.scalings.append((scaling, name))
+        _append(self.scalings, scaling, name)
         for container in (lora_a, lora_b):
-            self.modules.append((container, name))
+            _append(self.modules, container, name)
             linear = container.get(name)
             # A shared, frozen A is a buffer.
             for owner in () if linear is None else (linear._parameters, linear._buffers):
-                self.places.extend((owner, key) for key, tensor in owner.items() if tensor is not None)
+                for key in (key for key, tensor in owner.items() if tensor is not None):
+                    _append(self.places, owner, key)
         for rest in (module.lora_magnitude_vector, module.lora_embedding_A, module.lora_embedding_B):
             if name in rest:
                 self.partial = True
 
     def take(self) -> None:
         """Note how everything is now."""
-        self._objects = self._now()
+        self._tensors, self._layers = list(map(dict.get, *self.places)), list(map(dict.get, *self.modules))
         self._addresses, (self._versions, self._scalings) = self._address(), self._numbers()
 
     def consists_of_the_same(self) -> bool:
         """Whether the adapter consists of the same tensors at the same addresses, and of nothing that is not watched."""
-        now = self._now()
         # Not equality: that of tensors is another thing.
-        same = not self.partial and bool(now) and all(map(operator.is_, now, self._objects))
+        same = not self.partial and bool(self._tensors)
+        same = same and all(map(operator.is_, map(dict.get, *self.modules), self._layers))
+        same = same and all(map(operator.is_, map(dict.get, *self.places), self._tensors))
         return same and self._addresses == self._address()
 
     def numbers_hold(self) -> bool:
@@ -99,18 +102,25 @@ class AdapterWatch:
             self.changes += 1
         return self._scalings
 
-    def _now(self) -> list[Any]:
-        return [owner.get(key) for owner, key in self.places] + [owner.get(key) for owner, key in self.modules]
-
     def _address(self) -> list[int]:
-        return [t.data_ptr() for t in self._objects[: len(self.places)]]
+        return list(map(torch.Tensor.data_ptr, self._tensors))
 
     def _numbers(self) -> tuple[list[int], tuple]:
         try:
-            versions = [t._version for t in self._objects[: len(self.places)]]
+            versions = list(map(_version, self._tensors))
         except RuntimeError:
             versions = []  # inference tensors keep no count
-        return versions, tuple([owner.get(key) for owner, key in self.scalings])
+        return versions, tuple(map(dict.get, *self.scalings))
+
+
+# Dicts, and the keys in them: two lists, since this is gone through at every decode step.
+_Places = tuple[list[dict], list[str]]
+_version = operator.attrgetter("_version")
+
+
+def _append(places: _Places, owner: dict, key: str) -> None:
+    places[0].append(owner)
+    places[1].append(key)
 
 
 @dataclass
@@ -368,12 +378,13 @@ class Attachment:
             return False
         return any(getattr(hook, "__module__", "") not in known for hooks in self._hooks for hook in hooks.values())
 
-    def check_adapters(self, agent: Agent, names: Iterable[str]) -> None:
+    def check_adapters(self, agent: Agent, names: Iterable[str], looked_at: Container[str] = ()) -> None:
         """Refuse what the split can't express, at the start of a turn.
 
         Args:
             agent: the active adapters.
             names: all adapters whose entries will be read or written.
+            looked_at: adapters that :meth:`content_digests` was just asked about.
 
         Raises:
             UnsupportedAdapterError: with the layer, the adapter and the feature.
@@ -383,7 +394,8 @@ class Attachment:
             peft_adapters.check_model_wide(self.root, getattr(self.root, "peft_config", {}) or {}, loaded)
             self._checked = self._structure
         wanted = tuple(sorted({*names, *agent}))
-        watches = [self.watch(name) for name in wanted if name in loaded]
+        known = (name for name in wanted if name in loaded)
+        watches = [self._watches[name] if name in looked_at else self.watch(name) for name in known]
         if self._expressible.get(wanted) != watches:
             for layer in self.layers.values():
                 for which in PROJECTIONS:

@@ -485,7 +485,7 @@ class SharedLoRACache(SharedCacheBase):
         policy = self._resolve(attachment, contents)
         reads = {name for entry, _ in policy.readers(agent) for name in entry.names}
         writes = {name for entry in policy.writers(agent) for name in entry.names}
-        attachment.check_adapters(agent, reads | writes)
+        attachment.check_adapters(agent, reads | writes, contents)
         self._policy = policy
         for name in {*agent, *(writes if policy.name == "lr_precomputed" else ())}:
             if name not in self._identities:

@@ -344,7 +344,7 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
 
 @torch.compiler.disable
 def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]) -> Any:
-    """The decoder's forward with a shared cache. A compiled model breaks its graph here; decode steps have graphs of their own."""
+    """The decoder's forward with a shared cache. A compiled model breaks its graph here; decode steps have their own."""
     outer = forward_scope.get()
     if outer is not None and outer.cache is cache:
         return call_original(attachment.decoder, **kwargs)
