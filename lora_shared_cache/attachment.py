@@ -247,9 +247,16 @@ class Attachment:
         self._hooks = self._tensors = None
         return True
 
+    def same_adapters(self) -> bool:
+        """Whether the model has adapters of the same names as when :meth:`refresh` last looked."""
+        return self._structure is not None and self._structure[0] == self._configured()
+
+    def _configured(self) -> tuple[str, ...]:
+        return tuple(getattr(self.root, "peft_config", None) or ())
+
     def _look(self) -> tuple:
         return (
-            tuple(getattr(self.root, "peft_config", {}) or {}),
+            self._configured(),
             tuple(id(layer.projection(which)) for layer in self.layers.values() for which in PROJECTIONS),
             tuple(self.lora_layers[0][1].scaling) if self.lora_layers else (),
         )

@@ -476,7 +476,7 @@ class SharedLoRACache(SharedCacheBase):
             peft_adapters.check_no_dropout(attachment.lora_layers, agent)
         if not whole or self._in_prompt:
             same = self._policy is not None and (agent, self._watched(agent)) == self._last_agent
-            if same and attachment.unchanged(self._last_state):
+            if same and attachment.same_adapters() and attachment.unchanged(self._last_state):
                 return agent
         attachment.refresh()
         agent = attachment.agent()

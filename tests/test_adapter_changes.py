@@ -10,6 +10,7 @@ from lora_shared_cache import SharedLoRACache
 
 from .oracle import LlamaOracle
 from .tiny import (
+    EXACT,
     activate,
     assert_equal_logits,
     difference,
@@ -406,3 +407,33 @@ def test_a_training_step_with_the_cache_attached_does_not_need_the_cache():
     assert cache.coverage()["act"] == 5
     expected = reference_of_fresh(model, "act", ids[:, :9])
     assert_equal_logits(take_turn(model, cache, "act", ids[:, :9])[-4:], expected[-4:])
+
+
+def test_the_first_adapter_on_keys_comes_after_tokens_that_needed_no_rotation():
+    """Before it, nobody stored cos/sin; the base model then goes on, and the newcomer runs everything."""
+
+    def run(late: bool) -> torch.Tensor:
+        model = with_adapters(
+            tiny_llama(), {"first": lora(target_modules=["v_proj"], rank_pattern={}, alpha_pattern={})}
+        )
+
+        def load():
+            model.add_adapter("second", lora())
+            fill_adapter(model, "second", 3)
+
+        if not late:
+            load()
+        cache = SharedLoRACache()
+        ids = tokens(14)
+        with torch.no_grad():
+            with model.disable_adapter():
+                model(ids[:, :8], past_key_values=cache)
+            if late:
+                load()
+            with model.disable_adapter():
+                model(ids[:, 8:9], past_key_values=cache)
+                model(ids[:, 9:11], past_key_values=cache)
+            model.set_adapter("second")
+            return model(ids, past_key_values=cache).logits
+
+    torch.testing.assert_close(run(late=True), run(late=False), rtol=0, atol=EXACT)
