@@ -19,6 +19,8 @@ from lora_shared_cache.errors import SharedCacheError
 from .conftest import emulate_graphs
 from .tiny import VOCAB, fill_adapter, tiny_llama, tiny_mistral, with_adapters
 
+pytestmark = pytest.mark.integration
+
 AGENTS = ("plan", "act", "reflect")
 cuda = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
