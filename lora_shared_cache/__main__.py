@@ -1,4 +1,8 @@
-"""``python -m lora_shared_cache report``: what sharing costs, for adapters on disk."""
+"""Commands for models and adapters on disk.
+
+``python -m lora_shared_cache check``: whether they can share a cache, and what it takes.
+``python -m lora_shared_cache report``: what sharing costs in quality.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .check import check
 from .sharing import POLICIES, sharing_report
 
 
@@ -41,12 +46,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--json", type=Path, help="write the numbers here")
     report.add_argument("--plot", type=Path, help="write a plot here (.png, .svg, ...)")
+    check_command = commands.add_parser(
+        "check", help="whether a model and its adapters can share a cache, from config and adapter files alone",
+        description=check.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    check_command.add_argument("--model", required=True, help="path or id of the base model")
+    check_command.add_argument(
+        "--adapter", nargs="+", type=_named_path, default=[], metavar="NAME=PATH", help="PEFT adapters"
+    )
+    check_command.add_argument("--json", type=Path, help="write what was found here")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; what can't be done ends the program with a message."""
     options = _parser().parse_args(arguments)
+    if options.command == "check":
+        _check(options)
+        return
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(
@@ -67,6 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     if options.plot:
         report.plot().savefig(options.plot)
+
+
+def _check(options: argparse.Namespace) -> None:
+    try:
+        result = check(options.model, dict(options.adapter))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    print(result)
+    if options.json:
+        options.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    if not result.possible:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ compares what the layer gives to the cache for two inputs that differ by a known
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import Cache
 from flash_lora_attention import apply_rope
 
 from .errors import UnsupportedModelError
+from .key_norm import KeyNorm
 from .scopes import layer_scope
 
 _PROBE_TOKENS = 3
@@ -32,11 +33,13 @@ class RotaryLayout:
         rotary_dim: rotated leading columns of a head; 0: no rotation.
         interleaved: pairs (2i, 2i+1) instead of (i, i + rotary_dim/2).
         columns: where the angles of the pairs stand in the model's cos/sin: "all" (half width), "first" half, or "even".
+        key_norm: how keys are normalised before they are rotated; None: not at all.
     """
 
     rotary_dim: int
     interleaved: bool = False
     columns: str = "all"
+    key_norm: KeyNorm | None = None
 
     def half_width(self, cos: torch.Tensor) -> torch.Tensor:
         """The model's cos or sin (..., width) as one angle per pair (..., rotary_dim / 2)."""
@@ -87,7 +90,12 @@ class LayoutProbe(Cache):
 
 
 def find_layout(
-    name: str, forward: Callable[..., Any], kwargs: dict[str, Any], widths: dict[str, int], head_dim: int
+    name: str,
+    forward: Callable[..., Any],
+    kwargs: dict[str, Any],
+    widths: dict[str, int],
+    head_dim: int,
+    key_norm: KeyNorm | None = None,
 ) -> RotaryLayout:
     """Find the rotary layout of an attention layer, or refuse the layer.
 
@@ -97,6 +105,7 @@ def find_layout(
         kwargs: keyword arguments of a real call; only shapes and dtypes are used.
         widths: output width of the projections that carry adapters: "k_proj" and/or "v_proj".
         head_dim: D.
+        key_norm: the norm that the layer has for its keys, if it is of a kind that can be split.
 
     Raises:
         UnsupportedModelError: the layer does not dispatch its attention, gives nothing to the cache, or treats its keys
@@ -163,6 +172,13 @@ def find_layout(
         return NO_ROTATION
     difference = after[0] - before[0]
     delta_heads = heads(delta["k_proj"])
+    if key_norm is not None:
+        # gain * K_base + delta_gain * RoPE(g * delta), as the low-rank part will be applied
+        dtype = after[0].dtype
+        adapted = key_norm.rms(base["k_proj"] + delta["k_proj"]).to(dtype)
+        difference = after[0] - before[0] * (key_norm.rms(base["k_proj"]).to(dtype) / adapted)
+        weight = key_norm.weight.to(dtype)
+        delta_heads = delta_heads * (weight if key_norm.per_head else weight.view(-1, 1, head_dim)) / adapted
     for layout in _candidates(None if cos is None else cos.shape[-1], head_dim):
         if cos is None or sin is None or layout.rotary_dim == 0:
             expected = delta_heads
@@ -171,7 +187,7 @@ def find_layout(
         else:
             expected = _rotate_full(delta_heads, cos, sin, layout)
         if explains(expected, difference):
-            return layout
+            return replace(layout, key_norm=key_norm)
     raise UnsupportedModelError(
         f"{name}: its keys are not k_proj's output plus a rotation (are they normalised, scaled or clipped?), so an adapter "
         "on k_proj has no low-rank form here. Adapters without k_proj work"
