@@ -24,6 +24,7 @@ from .adapters import Agent, is_lora
 from .attention import ATTENTION_NAME, forget_original, remember_original
 from .digest import Digest, DigestReader, digest
 from .errors import UnsupportedAdapterError, UnsupportedModelError
+from .key_norm import find_key_norm, has_key_norm
 from .layout import NO_ROTATION, LayoutProbe, RotaryLayout, find_layout
 from .policies import DownDigests
 from .products import linear_with_adapters, plain_adapters
@@ -179,7 +180,10 @@ class AttentionLayer:
             raise UnsupportedModelError(f"{self.name}: it has no head_dim, so its keys can't be split into heads")
         widths = {which: self.out_features(which) for which in adapted}
         forward = functools.partial(call_original, self.module)
-        self.layout = find_layout(self.name, forward, kwargs, widths, self.head_dim)
+        norm = None
+        if "k_proj" in adapted:
+            norm = find_key_norm(self.module, widths["k_proj"], self.head_dim, kwargs["hidden_states"].device)
+        self.layout = find_layout(self.name, forward, kwargs, widths, self.head_dim, norm)
         self.probed = adapted
 
 
@@ -210,6 +214,7 @@ class Attachment:
     _reader: DigestReader = field(default_factory=DigestReader)
     _names: tuple[str, ...] = ()
     _names_on_keys_or_values: tuple[str, ...] = ()
+    _normalises: bool = False
     _weights: dict[Any, Any] = field(default_factory=dict)
     _digests: dict[str, Any] = field(default_factory=dict)
     _weights_version: int = 0
@@ -237,6 +242,9 @@ class Attachment:
                     names.update(projection.lora_A)
                     replace_forward(projection, ProjectionRecord(layer, which), _projection_forward)
         self._names_on_keys_or_values = tuple(sorted(names))
+        self._normalises = any(
+            has_key_norm(layer.module) and is_lora(layer.projection("k_proj")) for layer in self.layers.values()
+        )
         inside = {id(m) for m in self.decoder.modules()}
         for _, module in self.lora_layers:
             if id(module) in inside and not isinstance(record_of(module), ProjectionRecord):
@@ -274,6 +282,10 @@ class Attachment:
     def adapters_on_keys_or_values(self) -> tuple[str, ...]:
         """Names of the adapters with a LoRA on some ``k_proj`` or ``v_proj``, sorted."""
         return self._names_on_keys_or_values
+
+    def normalises_adapted_keys(self) -> bool:
+        """Whether some layer has a norm for its keys and a LoRA on its ``k_proj``."""
+        return self._normalises
 
     def agent(self) -> Agent:
         """Who is active now: sorted adapter names, or () for the base model."""
@@ -419,6 +431,20 @@ class Attachment:
                 raise UnsupportedAdapterError(
                     f"{path} has {list(active) or 'no'} active adapters, other layers have {list(agent) or 'none'}. "
                     "Use model.set_adapter(...) on the whole model"
+                )
+
+    def check_one_adapter_on_keys(self, agent: Agent, policy: str) -> None:
+        """Refuse several active adapters on keys that are normalised, where each adapter's numbers were computed for it alone.
+
+        Raises:
+            UnsupportedAdapterError: with the layer, the adapters and what to do.
+        """
+        for layer in self.layers.values():
+            names = peft_adapters.names_on(layer.projection("k_proj"), agent)
+            if len(names) > 1 and has_key_norm(layer.module):
+                raise UnsupportedAdapterError(
+                    f"{layer.name} normalises its keys, and the active adapters {names} change them together; {policy} keeps the "
+                    "norms of single adapters only. Use SharedLoRACache(sharing='base_shared')"
                 )
 
     # ---- attention implementation ----------------------------------------------------------------------------------

@@ -170,10 +170,10 @@ class SharedLoRACache(SharedCacheBase):
         """Bytes in use, and what one ``DynamicCache`` per agent would take.
 
         Returns:
-            A dict with "base", "low_rank" (by adapter; "*" is the one that adapters with a common A share),
-            "expanded_keys" (kept on the CPU for the agent that ran last), "positions" (cos/sin and token ids), "total"
-            (their sum), "allocated" (with the slack of growing storage) and "non_shared" (as many full K/V caches of the
-            whole trajectory as agents have run).
+            A dict with "base", "low_rank" (by adapter; "*" is the one that adapters with a common A share, "*+name" what an
+            adapter needs besides on a model that normalises keys), "expanded_keys" (kept on the CPU for the agent that ran
+            last), "positions" (cos/sin, token ids, and norms of base keys), "total" (their sum), "allocated" (with the slack of
+            growing storage) and "non_shared" (as many full K/V caches of the whole trajectory as agents have run).
         """
         length = self.trajectory_length
         low_rank: dict[str, int] = {}
@@ -188,6 +188,7 @@ class SharedLoRACache(SharedCacheBase):
                 low_rank[name] = low_rank.get(name, 0) + sum(b.nbytes(tokens) for b in parts.values())
         ropes = [buffer for pair in self._ropes.values() for buffer in pair]
         positions = sum(buffer.nbytes(length) for buffer in ropes) + self._trajectory.nbytes()
+        positions += sum(layer.base_rms.nbytes(length) for layer in self.layers)
         allocated += sum(buffer.nbytes() for buffer in ropes) + self._trajectory.nbytes(allocated=True)
         return MemoryFootprint(
             base=base,
@@ -486,8 +487,12 @@ class SharedLoRACache(SharedCacheBase):
         reads = {name for entry, _ in policy.readers(agent) for name in entry.names}
         writes = {name for entry in policy.writers(agent) for name in entry.names}
         attachment.check_adapters(agent, reads | writes, contents)
+        if policy.key_norm and policy.name != "base_shared":
+            attachment.check_one_adapter_on_keys(agent, policy.name)
         self._policy = policy
-        for name in {*agent, *(writes if policy.name == "lr_precomputed" else ())}:
+        # Whose weights what is written depends on: with norms of keys also on the B's of those who share A.
+        written_for = writes if policy.name == "lr_precomputed" or policy.key_norm else ()
+        for name in {*agent, *written_for}:
             if name not in self._identities:
                 self._identities[name] = (
                     contents[name] if name in contents else attachment.content_digests([name])[name]
@@ -514,9 +519,10 @@ class SharedLoRACache(SharedCacheBase):
                 # Whether a newcomer is refused is decided when it runs; until then it just has no entries.
                 if policy.name == "base_lr_shared":
                     self._read_down_projections(attachment, names, contents)
-                    self._policy = Policy(policy.name, names, self._regroup(self._down_digests))
+                    group = self._regroup(self._down_digests)
                 else:
-                    self._policy = Policy(policy.name, names)
+                    group = ()
+                self._policy = Policy(policy.name, names, group, attachment.normalises_adapted_keys())
 
     def _read_contents(self, attachment: Attachment, agent: Agent) -> dict[str, tuple]:
         """Content of all adapters that matter to what is cached and to who may read it."""
@@ -561,7 +567,7 @@ class SharedLoRACache(SharedCacheBase):
         """
         names = attachment.adapters_on_keys_or_values()
         if self.sharing in ("base_shared", "lr_precomputed"):
-            return Policy(self.sharing, names)
+            return Policy(self.sharing, names, key_norm=attachment.normalises_adapted_keys())
         self._read_down_projections(attachment, names, contents)
         digests = self._down_digests
         empty = self.trajectory_length == 0
@@ -581,7 +587,8 @@ class SharedLoRACache(SharedCacheBase):
             group = self._regroup(digests)
         else:
             shared, group = False, ()
-        return Policy("base_lr_shared" if shared else "base_shared", names, group)
+        norm = attachment.normalises_adapted_keys()
+        return Policy("base_lr_shared" if shared else "base_shared", names, group, norm)
 
     def _regroup(self, digests: dict[str, DownDigests]) -> tuple[str, ...]:
         """Who can read the shared entries that exist, now that adapters were added, removed or changed."""

@@ -19,7 +19,8 @@ from .attachment import Attachment, AttentionLayer, call_original
 from .attention import attention_backend
 from .buffers import NotReserved, TokenBuffer
 from .errors import TrajectoryError, UnsupportedModelError
-from .policies import Entry
+from .key_norm import KeyNorm
+from .policies import SHARED_ENTRY, Entry, EntryKey
 from .products import DownProducts
 from .scopes import forward_scope, layer_scope
 from .storage import SharedCacheBase, SharedLoRALayer
@@ -28,6 +29,8 @@ from .trajectory import UNKNOWN_TOKEN
 if TYPE_CHECKING:
     from .cache import SharedLoRACache
 
+# Stands beside the layer types in the table of what is known of how many tokens.
+NORMS = "norms of base keys"
 # Arguments of PEFT's LoRA layers that must not reach the base layer.
 _PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
 
@@ -65,12 +68,14 @@ class ForwardPass:
         previous: T before the pass; tokens from there on get base K/V.
         writers: low-rank caches that are written, with the position from which tokens are new to them.
         readers: low-rank caches that the agent reads, with the adapters that read them.
+        group: adapters that have one A in common; see ``Policy``.
         ids: (B, n) of tokens ``start ... stop``, -1 where unknown.
         positions: (B or 1, n) position ids of them, or None: consecutive.
         attention_mask: (B, m) bool or None, as given.
         padded: whether it holds padding.
         entered_from_inside: the model was attached in the middle of this very pass, so its end is the last layer's.
-        rope_lengths: layer types whose cos/sin were stored in this pass, with the tokens that are then known.
+        rope_lengths: layer types whose cos/sin were stored in this pass (and ``NORMS``, if those of base keys were), with the
+            tokens that are then known.
         slot: set in a step whose lengths only the device knows.
         products: set with it, how such a step computes its down-projections.
     """
@@ -83,6 +88,7 @@ class ForwardPass:
     previous: int
     writers: list[tuple[Entry, int]]
     readers: list[tuple[Entry, tuple[str, ...]]]
+    group: tuple[str, ...]
     ids: torch.Tensor
     positions: torch.Tensor | None
     attention_mask: torch.Tensor | None
@@ -132,8 +138,9 @@ class LayerPass:
         self.forward_pass = forward_pass
         self.layer = layer
         self.storage: SharedLoRALayer = forward_pass.cache.layers[layer.layer_idx]
-        # With a slot: what is to be written for the new token.
+        # With a slot: what is to be written for the new token, and its low-rank entries until then.
         self._tokens: list[tuple[TokenBuffer, torch.Tensor]] = []
+        self._fresh: dict[EntryKey, torch.Tensor] = {}
 
     # ---- projections -----------------------------------------------------------------------------------------------
 
@@ -151,11 +158,14 @@ class LayerPass:
             module.unmerge()
         base = module.base_layer(x, *args, **{k: v for k, v in kwargs.items() if k not in _PEFT_ARGUMENTS})
         self._write_entries(which, module, x, base.dtype)
+        norm = None if self.layer.layout is None else self.layer.layout.key_norm
+        if which == "k_proj" and norm is not None:
+            self._write_gains(module, base, norm)
         return base
 
     def _write_entries(self, which: str, module: Any, x: torch.Tensor, dtype: torch.dtype) -> None:
         now = self.forward_pass
-        pending = [(entry, start) for entry, start in now.writers if start < now.stop]
+        pending = [(entry, start) for entry, start in now.writers if start < now.stop and not entry.gains]
         if not pending:
             return
         key = ("down", x.device, self.layer.layer_idx, which, tuple(entry for entry, _ in pending))
@@ -185,10 +195,52 @@ class LayerPass:
                 part = torch.cat((part, part.new_ones(*part.shape[:-1], 1)), dim=-1)
             if now.slot is None:
                 self.storage.write_entry(entry.key, which, start, part.to(dtype))
-            elif which in self.storage.entries.get(entry.key, {}):
-                self._tokens.append((self.storage.entries[entry.key][which], part))
+            else:
+                self._put(entry.key, which, part)
+                if which == "k_proj":
+                    self._fresh[entry.key] = part
+
+    def _put(self, key: EntryKey, which: str, new: torch.Tensor) -> None:
+        if which not in self.storage.entries.get(key, {}):
+            raise NotReserved
+        self._tokens.append((self.storage.entries[key][which], new))
+
+    def _write_gains(self, module: Any, base: torch.Tensor, norm: KeyNorm) -> None:
+        """The two numbers per key of each adapter whose entries are written, from what ``k_proj`` gives (B, n, Hk * D)."""
+        now, storage = self.forward_pass, self.storage
+        own = norm.rms(base)
+        known = now.start if now.slot is not None else now.cache._rope_length.get(NORMS, 0)
+        if known < now.start:
+            # As with cos/sin: whoever needs the norms of the tokens before will run them.
+            return
+        now.rope_lengths[NORMS] = max(known, now.stop)
+        if now.slot is not None:
+            shared = own
+            self._tokens.append((storage.base_rms, own))
+        else:
+            if known < now.stop:
+                storage.base_rms.write(known, own[:, :, known - now.start :])
+            shared = storage.base_rms.view(now.stop, now.start)
+        for entry, start in now.writers:
+            names = tuple(peft_adapters.names_on(module, entry.names))
+            if start >= now.stop or not names or entry.shared:
+                continue
+            source = Entry(SHARED_ENTRY, now.group, shared=True) if entry.gains else entry
+            if now.slot is None:
+                a = storage.entries[source.key]["k_proj"].view(now.stop, start)
+            elif source.key in self._fresh:
+                a = self._fresh[source.key]
             else:
                 raise NotReserved
+            up = self._up("k_proj", module, source, names)
+            delta = (a[:, None].to(up.dtype) @ up).transpose(1, 2).flatten(2)
+            adapted = norm.rms(base[:, start - now.start :].to(up.dtype) + delta)
+            gains = dict(gain=shared[:, :, start - now.start :] / adapted, delta_gain=1 / adapted)
+            for which, numbers in gains.items():
+                if now.slot is None:
+                    storage.write_entry(entry.key, which, start, numbers)
+                else:
+                    self._put(entry.key, which, numbers)
 
     # ---- storage ---------------------------------------------------------------------------------------------------
 
@@ -216,11 +268,15 @@ class LayerPass:
         backend = attention_backend()
         if backend is None and not query.is_cuda:
             backend = "reference"
+        gain = delta_gain = None
+        if key_low_rank is not None and key_up is not None and layout.key_norm is not None:
+            key_up = layout.key_norm.scaled(key_up)
+            gain, delta_gain = (self._gains(which, key.shape[1]) for which in ("gain", "delta_gain"))
         keeps_expanded = backend == "reference" and query.device.type == "cpu" and slot is None
         if key_low_rank is not None and key_up is not None and keeps_expanded:
             # Expanding is a matrix product over all tokens; on the CPU the agent's expanded keys are kept and appended to.
-            key = self._expanded_keys(key, key_low_rank, key_up)
-            key_low_rank = key_up = None
+            key = self._expanded_keys(key, key_low_rank, key_up, gain, delta_gain)
+            key_low_rank = key_up = gain = delta_gain = None
         cos = sin = None
         if key_low_rank is not None and layout.rotary_dim:
             cos, sin = self._rope(0)
@@ -240,6 +296,8 @@ class LayerPass:
             sin=sin,
             rotary_dim=layout.rotary_dim or None,
             rotary_interleaved=layout.interleaved,
+            key_gain=gain,
+            key_delta_gain=delta_gain,
             key_length=None if slot is None else slot.length,
             **kwargs,
         )
@@ -253,26 +311,43 @@ class LayerPass:
         ups: list[torch.Tensor] = []
         for entry, names in now.readers:
             names_here = tuple(peft_adapters.names_on(module, names))
-            if not names_here:
+            if not names_here or entry.gains:
                 continue
-            buffer = self.storage.entries[entry.key][which]
-            key = ("up", buffer.device, self.layer.layer_idx, which, entry, names_here)
-            up = now.attachment.cached_weights(
-                key, partial(_up_projection, module, entry, names_here, self.layer.head_dim)
-            )
-            entries.append(buffer.view(now.seen))
-            ups.append(up)
+            entries.append(self.storage.entries[entry.key][which].view(now.seen))
+            ups.append(self._up(which, module, entry, names_here))
         if not entries:
             return None, None
         if len(entries) == 1:
             return entries[0], ups[0]
         return torch.cat(entries, dim=-1), torch.cat(ups, dim=-2)
 
+    def _up(self, which: str, module: Any, entry: Entry, names: tuple[str, ...]) -> torch.Tensor:
+        """The up-projections (Hk, r, D) of adapters ``names`` that read an entry, kept while the weights stay as they are."""
+        key = ("up", module.lora_A[names[0]].weight.device, self.layer.layer_idx, which, entry, names)
+        compute = partial(_up_projection, module, entry, names, self.layer.head_dim)
+        return cast(torch.Tensor, self.forward_pass.attachment.cached_weights(key, compute))
+
+    def _gains(self, which: str, heads: int) -> torch.Tensor:
+        """The agent's "gain" or "delta_gain" (B, Hk, T) of keys; there is one adapter, or one entry for several."""
+        now = self.forward_pass
+        module = self.layer.projection("k_proj")
+        for entry, names in now.readers:
+            if not entry.shared and peft_adapters.names_on(module, names):
+                return self.storage.entries[entry.key][which].view(now.seen).squeeze(-1).expand(-1, heads, -1)
+        raise RuntimeError(f"{self.layer.name}: nobody computed the norms of its keys")
+
     def _rope(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self.forward_pass.cache._rope_buffers(self.layer.rope_key)
         return cos.view(self.forward_pass.seen, start), sin.view(self.forward_pass.seen, start)
 
-    def _expanded_keys(self, key: torch.Tensor, low_rank: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def _expanded_keys(
+        self,
+        key: torch.Tensor,
+        low_rank: torch.Tensor,
+        up: torch.Tensor,
+        gain: torch.Tensor | None,
+        delta_gain: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Base plus low-rank keys (B, Hk, stop, D), of which only tokens not yet expanded are computed."""
         now, storage, layout = self.forward_pass, self.storage, self.layer.layout
         assert layout is not None
@@ -281,7 +356,10 @@ class LayerPass:
         if layout.rotary_dim:
             cos, sin = self._rope(start)
             delta = layout.rotate(delta, cos.to(up.dtype), sin.to(up.dtype))
-        storage.expanded.write(start, (delta + key[:, :, start:]).to(key.dtype))
+        base = key[:, :, start:]
+        if gain is not None and delta_gain is not None:
+            base, delta = base * gain[:, :, start:, None], delta * delta_gain[:, :, start:, None]
+        storage.expanded.write(start, (delta + base).to(key.dtype))
         storage.expanded_length = now.stop
         return storage.expanded.view(now.stop)
 
@@ -489,6 +567,7 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
         previous=trajectory.length,
         writers=writers,
         readers=policy.readers(agent),
+        group=policy.group,
         ids=known,
         positions=position_ids,
         attention_mask=mask,

@@ -290,6 +290,8 @@ class DecodeGraphs:
         found = [buffer for buffer in cache._rope_buffers_all() if buffer.data is not None]
         for layer in cache.layers:
             found += (layer.base_keys, layer.base_values)
+            if layer.base_rms.data is not None:
+                found.append(layer.base_rms)
             for key in keys:
                 found += layer.entries.get(key, {}).values()
         if padded:

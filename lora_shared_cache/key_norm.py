@@ -60,6 +60,15 @@ class KeyNorm:
         return heads * weight / self.rms(u).to(u.dtype)
 
 
+def _norm_of(attention: Any) -> nn.Module | None:
+    return next((m for m in (getattr(attention, name, None) for name in _NAMES) if isinstance(m, nn.Module)), None)
+
+
+def has_key_norm(attention: Any) -> bool:
+    """Whether an attention layer has a norm of any kind for its keys."""
+    return _norm_of(attention) is not None
+
+
 def find_key_norm(attention: Any, width: int, head_dim: int, device: torch.device) -> KeyNorm | None:
     """The RMS norm that an attention layer has for its keys, or None if it has none or one of another kind.
 
@@ -69,7 +78,7 @@ def find_key_norm(attention: Any, width: int, head_dim: int, device: torch.devic
         head_dim: D.
         device: where the layer runs.
     """
-    norm = next((m for m in (getattr(attention, name, None) for name in _NAMES) if isinstance(m, nn.Module)), None)
+    norm = _norm_of(attention)
     if norm is None:
         return None
     eps = next((float(v) for v in (getattr(norm, n, None) for n in ("variance_epsilon", "eps")) if v is not None), 0.0)

@@ -29,11 +29,14 @@ class Entry:
         key: identifies it within the cache.
         names: the adapters whose A's it was computed with.
         shared: those adapters have one A in common (else their A's stand below each other).
+        gains: it holds only the two numbers per key of one adapter, on models that normalise keys (``key_norm.py``); its
+            low-rank entries are those of :data:`SHARED_ENTRY`.
     """
 
     key: EntryKey
     names: tuple[str, ...]
     shared: bool = False
+    gains: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,13 @@ class Policy:
         name: "base_shared", "base_lr_shared" or "lr_precomputed".
         adapters: loaded adapters with a LoRA on some k_proj or v_proj, sorted.
         group: of those, the ones that share A; only with "base_lr_shared".
+        key_norm: the model normalises keys that adapters change: each adapter has two numbers of its own per key.
     """
 
     name: str
     adapters: tuple[str, ...]
     group: tuple[str, ...] = ()
+    key_norm: bool = False
 
     def readers(self, agent: Agent) -> list[tuple[Entry, tuple[str, ...]]]:
         """Low-rank caches that the agent needs, each with the agent's adapters that read it. Empty for the base model."""
@@ -59,6 +64,7 @@ class Policy:
         members = tuple(name for name in names if name in self.group)
         if members:
             found.append((self._shared_entry(), members))
+            found += [(entry, entry.names) for entry in self._gains(members)]
         private = tuple(name for name in names if name not in self.group)
         if private:
             # The private part belongs to the whole combination: its hidden states are those of all active adapters.
@@ -73,7 +79,11 @@ class Policy:
         if self.group and all(entry.key != SHARED_ENTRY for entry in entries):
             # Whoever processes a token, the base model included, writes the common entry.
             entries.append(self._shared_entry())
-        return entries
+        # So is what each of its readers needs besides.
+        return entries + [entry for entry in self._gains(self.group) if entry not in entries]
+
+    def _gains(self, names: Sequence[str]) -> list[Entry]:
+        return [Entry((*SHARED_ENTRY, name), (name,), gains=True) for name in names] if self.key_norm else []
 
     def _shared_entry(self) -> Entry:
         return Entry(SHARED_ENTRY, self.group, shared=True)

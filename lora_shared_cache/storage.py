@@ -28,7 +28,9 @@ class SharedLoRALayer(CacheLayerMixin):
 
     Attributes:
         base_keys, base_values: (B, Hk, T, D); keys after RoPE.
-        entries: low-rank entries by key and projection, each (B, T, r).
+        base_rms: (B, Hk or 1, T, 1), root mean square of base keys before their norm; only on models that normalise keys.
+        entries: low-rank entries by key and projection, each (B, T, r); with a norm also the "gain" and "delta_gain" of keys,
+            (B, Hk or 1, T, 1) float32.
         expanded: (B, Hk, T, D), base plus low-rank keys of the agent that ran last; only on the CPU.
         expanded_length: how many of its tokens are valid.
     """
@@ -46,6 +48,7 @@ class SharedLoRALayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.base_keys = TokenBuffer(-2, self.max_tokens)
         self.base_values = TokenBuffer(-2, self.max_tokens)
+        self.base_rms = TokenBuffer(-2, self.max_tokens)
         self.entries: dict[EntryKey, dict[str, TokenBuffer]] = {}
         self.expanded = TokenBuffer(-2, self.max_tokens)
         self.expanded_length = 0
@@ -147,13 +150,14 @@ class SharedLoRALayer(CacheLayerMixin):
 
     def buffers(self) -> list[TokenBuffer]:
         """All storage of the layer."""
-        found = [self.base_keys, self.base_values, self.expanded]
+        found = [self.base_keys, self.base_values, self.base_rms, self.expanded]
         return found + [buffer for parts in self.entries.values() for buffer in parts.values()]
 
     def clone(self, cache: SharedLoRACache) -> SharedLoRALayer:
         """An independent copy that belongs to ``cache``."""
         copy = SharedLoRALayer(cache, self.max_tokens)
         copy.base_keys, copy.base_values = self.base_keys.clone(), self.base_values.clone()
+        copy.base_rms = self.base_rms.clone()
         copy.entries = {k: {w: b.clone() for w, b in parts.items()} for k, parts in self.entries.items()}
         copy.is_initialized = self.is_initialized
         if self.is_initialized:

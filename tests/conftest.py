@@ -25,8 +25,10 @@ STORAGES = ("growing", "preallocated", "captured")
 
 
 def pytest_generate_tests(metafunc):
-    if metafunc.module.__name__.rpartition(".")[2] in ALL_STORAGES:
-        metafunc.fixturenames.append("storage")
+    asked = "storage" in metafunc.fixturenames
+    if asked or metafunc.module.__name__.rpartition(".")[2] in ALL_STORAGES:
+        if not asked:
+            metafunc.fixturenames.append("storage")
         metafunc.parametrize("storage", STORAGES, indirect=True)
 
 

@@ -38,7 +38,7 @@ KV = dict(target_modules=["q_proj", "k_proj", "v_proj"])
 
 
 def build(name, dtype=torch.float32, **settings):
-    config_class = getattr(transformers, f"{name}Config")
+    config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
     shape = {**SHAPE, "num_hidden_layers": 2, **settings}
     shape = {k: v for k, v in shape.items() if v != "absent"}
     return finish(getattr(transformers, f"{name}ForCausalLM")(config_class(**shape)), dtype)
@@ -63,7 +63,17 @@ FAMILIES = {
     "SmolLM3": dict(head_dim="absent", no_rope_layers=[1, 0]),
     "Starcoder2": dict(head_dim="absent"),
     "Mixtral": dict(num_local_experts=2),
+    # Keys are normalised: per head, with 1 + w, two thetas and windows, over all heads at once
+    "Qwen3": dict(),
+    "Qwen3Moe": dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16),
+    "Gemma3": dict(sliding_window=6, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]),
+    "Olmo2": dict(head_dim="absent"),
+    "Olmo3": dict(head_dim="absent", sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+    "Glm4Moe": dict(
+        use_qk_norm=True, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, n_group=1, topk_group=1
+    ),
 }
+NORMED = ["Qwen3", "Qwen3Moe", "Gemma3", "Olmo2", "Olmo3", "Glm4Moe"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,7 +93,7 @@ def test_families(family, sharing):
         assert_equal_logits(feed(model, tokens(N), cache, sizes), expected, ROUNDING)
 
 
-@pytest.mark.parametrize("family", ["Gemma2", "GptOss", "Glm"])
+@pytest.mark.parametrize("family", ["Gemma2", "GptOss", "Glm", "Qwen3", "Gemma3", "Olmo2"])
 def test_left_padding_in_families(family):
     model = build(family, **FAMILIES[family])
     model.set_attn_implementation("eager")

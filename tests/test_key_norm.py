@@ -7,9 +7,26 @@ import torch
 import transformers
 from torch import nn
 
+from lora_shared_cache import SharedLoRACache, UnsupportedAdapterError
 from lora_shared_cache.key_norm import KeyNorm, find_key_norm
 
-from .test_families import build
+from .test_families import FAMILIES, build
+from .tiny import (
+    EXACT,
+    activate,
+    assert_equal_logits,
+    copy_adapter,
+    difference,
+    feed,
+    fill_adapter,
+    logits,
+    lora,
+    reference,
+    share_a,
+    tokens,
+    twin,
+    with_adapters,
+)
 
 CPU = torch.device("cpu")
 
@@ -61,3 +78,150 @@ def test_two_numbers_split_the_norm(width):
     adapted = norm.rms(u + delta)
     split = norm(u) * norm.rms(u) / adapted + (a[:, None] @ norm.scaled(up)) / adapted
     torch.testing.assert_close(split, norm(u + delta), rtol=1e-12, atol=1e-12)
+
+
+# ---- in the cache --------------------------------------------------------------------------------------------------
+
+NAMES = ["plan", "act"]
+KV = dict(rank_pattern={}, alpha_pattern={})
+
+
+def normed(family: str = "Qwen3", names=NAMES, **settings):
+    """Float64, with norms that compute in float64: all but the order of additions shows."""
+    return with_adapters(build(family, torch.float64, **FAMILIES[family]), {n: lora(**KV, **settings) for n in names})
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Olmo2"])
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed", "base_lr_shared"])
+def test_equal_adapters_take_turns_exactly(family, sharing, storage):
+    """Every policy is exact then; chunks, single tokens and the base model as writer of entries for others come along."""
+    model = normed(family)
+    copy_adapter(model, "plan", "act")
+    plain = twin(model)
+    activate(plain, "plan")
+    expected = reference(plain, tokens(16))
+    activate(plain, None)
+    assert difference(expected, reference(plain, tokens(16))) > 0.01
+    cache = SharedLoRACache(sharing=sharing)
+    mask = torch.ones(1, 16, dtype=torch.long)
+    done = 0
+    for name, stop in (
+        ("plan", 6),
+        ("act", 7),
+        ("plan", 8),
+        ("plan", 9),
+        ("act", 13),
+        ("plan", 14),
+        ("plan", 15),
+        ("act", 16),
+    ):
+        activate(model, name)
+        out = logits(model, tokens(16)[:, :stop], cache, attention_mask=mask[:, :stop])
+        assert_equal_logits(out[:, done - stop :], expected[:, done:stop], EXACT)
+        done = stop
+    cache.crop(-5)
+    activate(model, "act")
+    out = logits(model, tokens(16), cache, attention_mask=mask)
+    assert_equal_logits(out[:, -5:], expected[:, -5:], EXACT)
+
+
+@pytest.mark.parametrize("sharing", ["base_lr_shared", "lr_precomputed"])
+def test_norms_of_all_adapters_are_computed_by_whoever_runs(sharing, storage):
+    """Two different adapters and a layer-0 look: gains are those of the adapter that reads, whoever processed the token."""
+    model = normed(r=3)
+    share_a(model, NAMES)
+    activate(model, "plan")
+    cache, own = SharedLoRACache(sharing=sharing), SharedLoRACache(sharing="base_shared")
+    ids, mask = tokens(12), torch.ones(1, 12, dtype=torch.long)
+    logits(model, ids[:, :9], cache, attention_mask=mask[:, :9])
+    for step in range(9, 12):
+        logits(model, ids[:, step : step + 1], cache, attention_mask=mask[:, : step + 1])
+    activate(model, "act")
+    assert cache.get_seq_length() == 12
+    logits(model, ids, own, attention_mask=mask)
+    key = {"base_lr_shared": ("*", "act"), "lr_precomputed": ("act",)}[sharing]
+    for which in ("gain", "delta_gain"):
+        # Hidden states of layer 0 are those of the embedding, whoever is active.
+        expected = own.layers[0].entries[("act",)][which].view(12)
+        torch.testing.assert_close(cache.layers[0].entries[key][which].view(12), expected, rtol=1e-12, atol=0)
+        assert (expected - cache.layers[0].entries[key[:-1] + ("plan",)][which].view(12)).abs().max() > 1e-3
+
+
+def test_the_numbers_matter():
+    model = normed()
+    cache = SharedLoRACache()
+    right = feed(model, tokens(10), cache, [9, 1])
+    cache.reset()
+    feed(model, tokens(10)[:, :9], cache, [9])
+    for layer in cache.layers:
+        layer.entries[("plan",)]["gain"].data.fill_(1.0)
+        layer.release_expanded()
+    assert difference(logits(model, tokens(10)[:, 9:], cache), right[:, 9:]) > 0.01
+
+
+def test_adapters_that_change_or_come_late_get_norms_of_their_own(storage):
+    model = normed(r=3)
+    share_a(model, NAMES)
+    cache = SharedLoRACache(sharing="base_lr_shared")
+    ids, mask = tokens(12), torch.ones(1, 12, dtype=torch.long)
+    activate(model, "plan")
+    logits(model, ids[:, :10], cache, attention_mask=mask[:, :10])
+    assert cache.coverage()["act"] == 10
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.act" in name:
+                parameter.mul_(0.5)
+    activate(model, "act")
+    late = logits(model, ids, cache, attention_mask=mask)
+    # B has changed and A has not: the shared entries stand, but the norms are another's, and "act" runs the tokens for them.
+    fresh = SharedLoRACache(sharing="base_lr_shared")
+    activate(model, "plan")
+    logits(model, ids[:, :10], fresh, attention_mask=mask[:, :10])
+    fresh.drop_adapter("act")
+    activate(model, "act")
+    assert late.shape[1] == 12
+    assert_equal_logits(late, logits(model, ids, fresh, attention_mask=mask), EXACT)
+    model.add_adapter("late", lora(**KV, r=3))
+    fill_adapter(model, "late", 9)
+    share_a(model, [*NAMES, "late"])
+    assert cache.coverage()["late"] == 0 and cache.coverage()["act"] == 12
+
+
+def test_several_adapters_at_once(storage):
+    model = normed()
+    plain = twin(model)
+    activate(plain, NAMES)
+    expected = reference(plain, tokens(12))
+    activate(model, NAMES)
+    assert_equal_logits(feed(model, tokens(12), SharedLoRACache(sharing="base_shared"), [9, 1, 2]), expected, EXACT)
+    cache = SharedLoRACache(sharing="lr_precomputed")
+    with pytest.raises(UnsupportedAdapterError, match="normalises its keys.*sharing='base_shared'"):
+        logits(model, tokens(12), cache)
+    assert cache.trajectory_length == 0
+
+
+def test_adapters_without_keys_and_the_base_model(storage):
+    model = normed(target_modules=["q_proj", "v_proj"])
+    expected = reference(twin(model), tokens(12))
+    assert_equal_logits(feed(model, tokens(12), SharedLoRACache(), [9, 1, 2]), expected, EXACT)
+    model = normed()
+    activate(model, None)
+    expected = reference(twin(model), tokens(12))
+    assert_equal_logits(feed(model, tokens(12), SharedLoRACache(), [9, 1, 2]), expected, EXACT)
+
+
+def test_memory_says_what_the_norms_take():
+    model = normed(family="Qwen3", r=3).float()
+    cache = SharedLoRACache()
+    feed(model, tokens(10), cache, [10])
+    footprint = cache.memory_footprint()
+    # Two layers; r_k + r_v = 6 and two numbers for each of two heads, in float32; one number per head of the base.
+    assert footprint["low_rank"] == {"plan": 2 * 10 * (6 + 4) * 4}
+    assert footprint["positions"] >= 2 * 10 * 2 * 4
+
+
+def test_other_norms_are_refused_by_name():
+    model = build("Phi", head_dim="absent", qk_layernorm=True)
+    model = with_adapters(model, {"one": lora(target_modules=["k_proj"], **KV)})
+    with pytest.raises(ValueError, match="PhiAttention.*normalised.*without k_proj"):
+        logits(model, tokens(5), SharedLoRACache())

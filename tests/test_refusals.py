@@ -354,13 +354,14 @@ def test_latent_attention_is_refused_by_name():
     check_model_refused(transformers.DeepseekV3ForCausalLM(config).eval(), "DeepseekV3Attention")
 
 
-def test_normalised_keys_are_refused_by_name_and_values_work():
-    settings = {**SHAPE, "num_hidden_layers": 2}
-    model = finish(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings)), torch.float32)
+def test_layer_norms_of_keys_are_refused_by_name_and_values_work():
+    """A LayerNorm with a bias; RMS norms are split (test_key_norm.py)."""
+    settings = {k: v for k, v in SHAPE.items() if k != "head_dim"} | dict(num_hidden_layers=2, qk_layernorm=True)
+    model = finish(transformers.PhiForCausalLM(transformers.PhiConfig(**settings)), torch.float32)
     with_keys = with_adapters(model, {"one": lora(target_modules=["k_proj", "v_proj"], rank_pattern={})})
-    refused(with_keys, "Qwen3Attention", "normalised", "without k_proj", error=UnsupportedModelError)
-    model = finish(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings)), torch.float32)
-    without = with_adapters(model, {"one": lora(target_modules=["q_proj", "v_proj", "up_proj"], rank_pattern={})})
+    refused(with_keys, "PhiAttention", "normalised", "without k_proj", error=UnsupportedModelError)
+    model = finish(transformers.PhiForCausalLM(transformers.PhiConfig(**settings)), torch.float32)
+    without = with_adapters(model, {"one": lora(target_modules=["q_proj", "v_proj", "fc1"], rank_pattern={})})
     expected = reference(without, tokens(9))
     activate(without, None)
     assert (reference(without, tokens(9)) - expected).abs().max() > 0.02
