@@ -38,6 +38,16 @@ PROJECTIONS = ("k_proj", "v_proj")
 _switch_lock = threading.Lock()
 
 
+# Dicts, and the keys in them: two lists, since this is gone through at every decode step.
+_Places = tuple[list[dict], list[str]]
+_version = operator.attrgetter("_version")
+
+
+def _append(places: _Places, owner: dict, key: str) -> None:
+    places[0].append(owner)
+    places[1].append(key)
+
+
 @dataclass(eq=False)
 class AdapterWatch:
     """What an adapter consists of, and how it was when it was last looked at: tensors, their addresses, PyTorch's count of
@@ -112,16 +122,6 @@ class AdapterWatch:
         except RuntimeError:
             versions = []  # inference tensors keep no count
         return versions, tuple(map(dict.get, *self.scalings))
-
-
-# Dicts, and the keys in them: two lists, since this is gone through at every decode step.
-_Places = tuple[list[dict], list[str]]
-_version = operator.attrgetter("_version")
-
-
-def _append(places: _Places, owner: dict, key: str) -> None:
-    places[0].append(owner)
-    places[1].append(key)
 
 
 @dataclass
@@ -207,6 +207,7 @@ class Attachment:
     originals: list[tuple[Any, str]] = field(default_factory=list)
     active: int = 0
     _structure: Any = None
+    _projections: _Places = field(default_factory=lambda: ([], []))
     _checked: Any = None
     _watched: list[tuple[Any, dict, dict, dict]] = field(default_factory=list)
     _expressible: dict[tuple[str, ...], list[AdapterWatch]] = field(default_factory=dict)
@@ -263,9 +264,14 @@ class Attachment:
         return tuple(getattr(self.root, "peft_config", None) or ())
 
     def _look(self) -> tuple:
+        if len(self._projections[0]) != len(PROJECTIONS) * len(self.layers):
+            # Where the projections are; their modules change, these dicts do not.
+            for layer in self.layers.values():
+                for which in PROJECTIONS:
+                    _append(self._projections, layer.module._modules, which)
         return (
             self._configured(),
-            tuple(id(layer.projection(which)) for layer in self.layers.values() for which in PROJECTIONS),
+            tuple(map(id, map(dict.get, *self._projections))),
             tuple(self.lora_layers[0][1].scaling) if self.lora_layers else (),
         )
 
