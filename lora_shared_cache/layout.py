@@ -69,6 +69,7 @@ class LayoutProbe(Cache):
         self.projected = projected
         self.states: tuple[torch.Tensor, torch.Tensor] | None = None
         self.dispatched = False
+        self.objection = ""
 
     def project(self, which: str) -> torch.Tensor:
         """The made-up output of ``k_proj`` or ``v_proj``."""
@@ -79,9 +80,13 @@ class LayoutProbe(Cache):
         self.states = (key_states, value_states)
         return key_states, value_states
 
-    def attention(self) -> None:
+    def attention(self, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Called by our attention function: the layer dispatches, and nothing after this matters."""
         self.dispatched = True
+        if self.states is not None and (key is not self.states[0] or value is not self.states[1]):
+            self.objection = "it attends to other keys or values than it gives to the cache"
+        elif attention_mask is not None:
+            self.objection = "it makes an attention mask of its own, which may depend on the keys or values"
         raise _Stop
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -150,6 +155,8 @@ def find_layout(
                 f"{name}: it does not call its attention through Transformers' attention interface, so the low-rank part "
                 "can't be applied inside it"
             )
+        if probe.objection:
+            raise UnsupportedModelError(f"{name}: {probe.objection}, so the low-rank part can't be applied inside it")
         return probe.states
 
     before = states(base)

@@ -370,6 +370,20 @@ def test_layer_norms_of_keys_are_refused_by_name_and_values_work():
     assert_equal_logits(feed(without, tokens(9), SharedLoRACache(), [6, 3]), expected, 2e-5)
 
 
+def test_attention_to_other_values_than_those_cached_is_refused():
+    settings = {**SHAPE, "num_hidden_layers": 2}
+    model = finish(transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**settings)), torch.float32)
+    model = with_adapters(model, {"one": lora(target_modules=["v_proj"], rank_pattern={}, alpha_pattern={})})
+    refused(model, "DiffLlamaAttention", "other keys or values", error=UnsupportedModelError)
+
+
+def test_a_mask_made_of_the_values_is_refused():
+    settings = {**SHAPE, "num_hidden_layers": 2}
+    model = finish(transformers.DogeForCausalLM(transformers.DogeConfig(**settings)), torch.float32)
+    model = with_adapters(model, {"one": lora(target_modules=["v_proj"], rank_pattern={}, alpha_pattern={})})
+    refused(model, "DogeAttention", "mask of its own", error=UnsupportedModelError)
+
+
 def test_clipped_keys_are_refused():
     settings = {k: v for k, v in SHAPE.items() if k != "head_dim"}
     config = transformers.OlmoConfig(**settings, clip_qkv=0.1)
