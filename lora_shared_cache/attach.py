@@ -130,6 +130,7 @@ def detach(model: nn.Module) -> nn.Module:
     attachment = attachment_of(root)
     if attachment is None:
         return model
+    clear_interrupted_pass()
     if attachment.active:
         raise SharedCacheError("detach was called while a forward pass with a SharedLoRACache is running")
     root = attachment.root

@@ -460,8 +460,9 @@ class Attachment:
         with _switch_lock:
             self.active += 1
             if self.active == 1:
-                configs = {id(layer.module.config): layer.module.config for layer in self.layers.values()}
-                configs[id(self.decoder.config)] = self.decoder.config
+                # Attention without a config asks no interface either; its layer is refused when it is tried out.
+                found = (getattr(layer.module, "config", None) for layer in self.layers.values())
+                configs = {id(config): config for config in (self.decoder.config, *found) if config is not None}
                 self.originals = [(config, config._attn_implementation) for config in configs.values()]
                 for config, original in self.originals:
                     remember_original(config, original)

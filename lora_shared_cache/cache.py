@@ -314,6 +314,20 @@ class SharedLoRACache(SharedCacheBase):
     def activate_past_recording(self) -> None:
         """Nothing to do: everything can be cropped at any time."""
 
+    def _refuse_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Asked for by layers with linear attention, convolutions or state spaces.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            "a layer of this model keeps a recurrent or convolution state besides keys and values. It belongs to one adapter and "
+            "can't be shared; use a DynamicCache per adapter"
+        )
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = _refuse_state
+    has_previous_state = _refuse_state
+
     @property
     def is_compileable(self) -> bool:
         """False: ``generate`` must not compile the model for this cache by itself."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ SHAPE = dict(
     attn_implementation="eager",
 )  # fmt: skip
 _LARGEST = 20_000_000
+_SECONDS = 20
 # Names of sizes that differ, or settings without which the shape above makes no model of the kind.
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256),
@@ -56,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "smollm3": dict(no_rope_layers=[1, 0], use_sliding_window=False),
     "glm4_moe": dict(use_qk_norm=True),
     "mistral": dict(sliding_window=6),
+    "falcon_h1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8),
 }
 _LATENT = dict(
     kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=2
@@ -118,6 +121,8 @@ def verdict(model_type: str) -> dict[str, Any]:
         actual = feed(peft_model, tokens(N), SharedLoRACache(peft_model), SIZES)
     except (UnsupportedModelError, UnsupportedAdapterError) as error:
         return row | dict(status="refused", message=str(error))
+    except Exception as error:  # neither right nor refused by name
+        return row | dict(status="WRONG", message=repr(error), error=float("inf"), effect=effect)
     finally:
         detach(peft_model)
     row |= dict(error=difference(actual, expected) / float(expected.abs().max()), effect=effect)
@@ -160,13 +165,20 @@ def page(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _too_long(*_: Any) -> None:
+    raise TimeoutError
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     rows = []
+    signal.signal(signal.SIGALRM, _too_long)
     for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        signal.alarm(_SECONDS)
         rows.append(verdict(model_type))
+        signal.alarm(0)
         print(rows[-1], flush=True)
     JSON.write_text(json.dumps(dict(transformers=transformers.__version__, rows=rows), indent=1) + "\n")
     PAGE.write_text(page(rows))

@@ -15,6 +15,7 @@ from lora_shared_cache import (
     UnsupportedAdapterError,
     UnsupportedModelError,
     attach,
+    detach,
 )
 
 from .test_attach import state_of
@@ -382,6 +383,26 @@ def test_a_mask_made_of_the_values_is_refused():
     model = finish(transformers.DogeForCausalLM(transformers.DogeConfig(**settings)), torch.float32)
     model = with_adapters(model, {"one": lora(target_modules=["v_proj"], rank_pattern={}, alpha_pattern={})})
     refused(model, "DogeAttention", "mask of its own", error=UnsupportedModelError)
+
+
+def test_attention_that_asks_no_interface_is_refused():
+    config = transformers.XGLMConfig(
+        vocab_size=64, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    model = finish(transformers.XGLMForCausalLM(config), torch.float32)
+    model = with_adapters(model, {"one": lora(target_modules=["v_proj"], rank_pattern={}, alpha_pattern={})})
+    refused(model, "XGLMAttention", "attention interface", error=UnsupportedModelError)
+    detach(model)
+
+
+def test_layers_with_a_recurrent_state_are_refused():
+    """Falcon-H1 has attention and a state space in every layer."""
+    config = transformers.FalconH1Config(
+        **{**SHAPE, "num_hidden_layers": 2}, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8,
+    )  # fmt: skip
+    model = finish(transformers.FalconH1ForCausalLM(config), torch.float32)
+    model = with_adapters(model, {"one": lora(target_modules=["v_proj"], rank_pattern={}, alpha_pattern={})})
+    refused(model, "recurrent or convolution state", error=UnsupportedModelError)
 
 
 def test_clipped_keys_are_refused():
