@@ -149,6 +149,14 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     assert summary["about"]["episodes"] == 2
     assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 2 * 4 * 6
     assert "base_lr_shared" in capsys.readouterr().out
+    private = "base_shared+private:1-2"
+    arguments = ["--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out"), "--sets", "shared_a"]
+    replay.main([*arguments, "--policies", private])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["summary"]["shared_a"]
+    assert list(summary) == ["base_model", "non_shared", private]
+    assert summary[private]["all"]["kept"] == pytest.approx(1) and summary[private]["all"]["texts"] == 3
+    with pytest.raises(SystemExit):
+        replay.main([*arguments, "--policies", "base_shared+private"])
 
 
 def test_simulation_by_hooks_agrees_with_the_cache():
@@ -171,6 +179,38 @@ def test_simulation_by_hooks_agrees_with_the_cache():
     rows = [row for text in texts for row in replay.replay(model, text, ["non_shared", "base_shared"], chunk=7)]
     for policy in ("base_model", "non_shared", "base_shared"):
         torch.testing.assert_close(nll(simulated, policy), nll(rows, policy), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", ["0", "1", "1-2", "0,2", "0-2"])
+def test_private_layers_agree_with_the_simulation(layers):
+    """K and V of private layers by hooks on plain PEFT, the whole text at every turn, against the cache's."""
+    policy = f"base_shared+private:{layers}"
+    texts = [replay.encode(Letters(), e) for e in (episode(), episode("two", " Twice."))]
+    model = with_adapters(tiny_llama(), ROLES)
+    private = replay.policy_arguments(policy)["private_layers"]
+    simulated = [row for text in texts for row in what_if.simulate(model, text, {policy: dict(private=private)})]
+    rows = [row for text in texts for row in replay.replay(model, text, ["non_shared", policy], chunk=7)]
+    nll = {
+        which: torch.tensor([row["nll"] for row in found if row["policy"] == name], dtype=torch.float64)
+        for which, found, name in [
+            ("simulated", simulated, policy), ("cache", rows, policy), ("exact", rows, "non_shared"),
+        ]
+    }  # fmt: skip
+    torch.testing.assert_close(nll["cache"], nll["simulated"], rtol=0, atol=1e-9)
+    # Layer 0 is exact anyway: the base part of its K and V is that of the embeddings.
+    assert (float((nll["cache"] - nll["exact"]).abs().max()) < 1e-9) == (layers in ("1-2", "0-2"))
+
+
+def test_policies_by_name():
+    arguments = replay.policy_arguments
+    assert arguments("base_shared+private:0,8-10,2") == dict(sharing="base_shared", private_layers=[0, 8, 9, 10, 2])
+    assert arguments("lr_precomputed") == dict(sharing="lr_precomputed") and arguments("non_shared") == {}
+    for name in (
+        "lr_precomputed+private:8-21", "base_shared+private:", "base_shared+private:21-8", "base_shared+private:-3",
+        "base_shared+private:a", "shared", "base_shared+8",
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="policy '" + name.replace("+", r"\+")):
+            arguments(name)
 
 
 def test_the_simulation_script(tmp_path, monkeypatch, capsys):
