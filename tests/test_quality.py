@@ -14,10 +14,11 @@ import torch.nn.functional as F
 pytest.importorskip("tqdm")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "quality")]
+import pareto  # noqa: E402
 import replay  # noqa: E402
 import what_if  # noqa: E402
 
-from .tiny import activate, agents_model, copy_adapter, reference, tiny_llama, with_adapters  # noqa: E402
+from .tiny import activate, agents_model, copy_adapter, lora, reference, share_a, tiny_llama, with_adapters  # noqa: E402
 
 ROLES = list(replay.ROLES)
 POLICIES = ["non_shared", "fully_shared", "base_shared", "lr_precomputed"]
@@ -222,3 +223,51 @@ def test_the_simulation_script(tmp_path, monkeypatch, capsys):
     assert set(summary) == {"base_model", "non_shared", "base_shared", "neutral", "private 1-1"}
     assert summary["private 1-1"]["all"]["texts"] == 2
     assert "private 1-1" in capsys.readouterr().out
+
+
+def test_costs_are_those_of_the_caches():
+    """Counted from the lengths of turns, against the caches themselves."""
+    config = dict(r=3, rank_pattern={}, alpha_pattern={})
+    model = with_adapters(tiny_llama(), {role: lora(**config) for role in ROLES})
+    share_a(model, ROLES)
+    text = replay.encode(Letters(), episode())
+    text.turns.append(replay.Turn("plan", "", 71, 74))
+    text = replay.Text(text.name, torch.cat((text.ids, text.ids[:, :3]), 1), text.turns)
+    policies = [*replay.POLICIES["shared_a"], "base_shared+private:1", "base_shared+private:0-2"]
+    shape = pareto.Shape(layers=3, width=2 * 2 * 8, rank=2 * 3)
+    caches = replay.replays(model, policies, 7)
+    for turn in text.turns:
+        activate(model, turn.role)
+        for cache in caches.values():
+            cache.turn(turn.role, text.ids, turn.start, turn.stop)
+    for name, cache in caches.items():
+        cost = pareto.cost(text, name, shape)
+        assert cost.tokens == 74 and cost.rerun == cache.run - 74, name
+        stored = cache.memory() if not hasattr(cache, "cache") else 0
+        if not stored:
+            footprint = cache.cache.memory_footprint()
+            stored = footprint["base"] + sum(footprint["low_rank"].values()) + sum(footprint["private"].values())
+        assert cost.numbers * 8 == stored, name
+        assert cost.one_cache * 8 == 74 * 3 * 32 * 8
+
+
+def test_the_pareto_script(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    benchmarks = EXAMPLES.parent / "docs" / "benchmarks"
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(episode(str(n))) for n in range(50)))
+    monkeypatch.setattr(pareto, "load_smollm2", lambda: (tiny_llama(num_hidden_layers=30), Letters()))
+    pareto.main(["--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out.png").stat().st_size > 10000
+    result = json.loads((tmp_path / "out.json").read_text())
+    found = {(p["adapters"], p["policy"], p["episodes"]): p for p in result["points"]}
+    quality = json.loads((benchmarks / "quality_what_if.json").read_text())["12 episodes"]["private 8-21"]["all"]
+    private = found["separate", "base_shared+private:8-21", 12]
+    assert private["kept"] == quality["kept"] and private["simulated"]
+    exact, shared = found["separate", "non_shared", 50], found["separate", "fully_shared", 50]
+    assert exact["kept"] == 1 and exact["rerun_per_token"] == private["rerun_per_token"] > 1 > shared["rerun_per_token"]
+    assert (
+        shared["copies"] == 1 < found["separate", "base_shared", 50]["copies"] < private["copies"] < exact["copies"] < 3
+    )
+    (tmp_path / "data.jsonl").write_text(json.dumps(episode()))
+    with pytest.raises(ValueError, match="measured on 50 episodes, the data has 1"):
+        pareto.main(["--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out")])
