@@ -59,9 +59,9 @@ class SharedLoRACache(SharedCacheBase):
             ("base_lr_shared" where at least two adapters are loaded and share A, else "base_shared"; decided when the
             first token comes).
         private_layers: indices of attention layers in which nothing is shared and nothing is split: each agent, the base model
-            included, keeps full keys and values of its own there. This closes most of the gap to exact caches if the layers
-            are well chosen, and costs their memory once per agent; every agent then runs every token itself, so only
-            "base_shared" goes with it ("auto" is then the same).
+            included, keeps full keys and values of its own there. Well-chosen layers bring each agent closer to a cache of its
+            own, at their memory once per agent (docs/quality.md; layer 0 is exact anyway). Every agent runs every token itself
+            then, so only "base_shared" goes with it ("auto" is the same).
         max_cache_len: allocate room for this many tokens at once and never more; None: grow.
         low_rank_dtype: dtype of the low-rank entries, not of private keys and values; None: that of the keys and values.
         check_tokens: compare the model's input with the tokens that are cached, and refuse a contradiction.
@@ -226,8 +226,8 @@ class SharedLoRACache(SharedCacheBase):
     def drop_adapter(self, name: str) -> None:
         """Release the low-rank entries of an adapter, and its K/V of private layers; its next turn runs the trajectory again.
 
-        Entries that adapters with a common A share are released with the last of them. "__base__" releases what the base
-        model has of its own: its K/V of private layers.
+        Entries that adapters with a common A share are released with the last of them. Where there are private layers,
+        "__base__" releases those of the base model.
 
         Raises:
             ValueError: neither the model nor the cache knows the adapter.

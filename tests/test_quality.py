@@ -256,7 +256,12 @@ def test_the_pareto_script(tmp_path, monkeypatch):
     benchmarks = EXAMPLES.parent / "docs" / "benchmarks"
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(episode(str(n))) for n in range(50)))
     monkeypatch.setattr(pareto, "load_smollm2", lambda: (tiny_llama(num_hidden_layers=30), Letters()))
-    pareto.main(["--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out")])
+    arguments = ["--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out")]
+    pareto.main(arguments)
+    # What was measured with the cache takes the place of what was simulated before.
+    found = json.loads((tmp_path / "out.json").read_text())["points"]
+    assert sum(p["policy"] == "base_shared+private:8-21" for p in found) == 1 and not any(p["simulated"] for p in found)
+    pareto.main([*arguments, "--replays", str(benchmarks / "quality_dev50.json")])
     assert (tmp_path / "out.png").stat().st_size > 10000
     result = json.loads((tmp_path / "out.json").read_text())
     found = {(p["adapters"], p["policy"], p["episodes"]): p for p in result["points"]}
@@ -270,4 +275,4 @@ def test_the_pareto_script(tmp_path, monkeypatch):
     )
     (tmp_path / "data.jsonl").write_text(json.dumps(episode()))
     with pytest.raises(ValueError, match="measured on 50 episodes, the data has 1"):
-        pareto.main(["--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out")])
+        pareto.main(arguments)

@@ -23,7 +23,6 @@ from replay import BASE, EXACT, FULLY_SHARED, Text, encode, load_smollm2, policy
 ROOT = Path(__file__).resolve().parents[2]
 # In which nobody runs again what another has run.
 INSTANT = (FULLY_SHARED, "base_lr_shared", "lr_precomputed")
-NAMES = {EXACT: "exact: one cache each", FULLY_SHARED: "one cache for all"}
 
 
 @dataclass(frozen=True)
@@ -115,19 +114,28 @@ def point(
     )
 
 
-def points(dev50: dict[str, Any], what_if: dict[str, Any], texts: Sequence[Text], shape: Shape) -> list[Point]:
-    """All policies of ``quality_dev50.json``, and those with private layers of the largest part of ``quality_what_if.json``."""
-    found = []
-    for adapters, policies in dev50["summary"].items():
-        _, _, rank = adapters.partition(":")
-        ranked = Shape(shape.layers, shape.width, 2 * int(rank)) if rank else shape
-        found += [point(adapters, name, groups, texts, ranked) for name, groups in policies.items() if name != BASE]
+def points(
+    replays: Sequence[dict[str, Any]], what_if: dict[str, Any], texts: Sequence[Text], shape: Shape
+) -> list[Point]:
+    """All policies of the results of ``replay.py``, and private layers that were only simulated.
+
+    Of the simulation its largest part is taken.
+    """
+    found: list[Point] = []
+    for result in replays:
+        for adapters, policies in result["summary"].items():
+            _, _, rank = adapters.partition(":")
+            ranked = Shape(shape.layers, shape.width, 2 * int(rank)) if rank else shape
+            found += [point(adapters, name, groups, texts, ranked) for name, groups in policies.items() if name != BASE]
     parts = {int(name.split()[0]): part for name, part in what_if.items() if name != "about"}
     for name, groups in parts[max(parts)].items():
         # "private 8-21" there is the cache's "base_shared+private:8-21".
         policy = f"base_shared+private:{name.split()[1]}" if name.startswith("private ") else name
         if policy.startswith("base_shared"):
-            found.append(point(what_if["about"]["adapters"], policy, groups, texts, shape, simulated=True))
+            simulated = point(what_if["about"]["adapters"], policy, groups, texts, shape, simulated=True)
+            measured = [p for p in found if (p.adapters, p.policy) == (simulated.adapters, policy)]
+            if all(p.episodes < simulated.episodes for p in measured):
+                found.append(simulated)
     return found
 
 
@@ -135,35 +143,41 @@ def draw(found: Sequence[Point], path: Path) -> None:
     """Gain kept against tokens run again and against memory."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    markers = dict(zip(dict.fromkeys(p.policy for p in found), "osD^vP*X", strict=False))
-    colours = dict(zip(dict.fromkeys(p.adapters for p in found), ("tab:green", "tab:blue", "tab:orange"), strict=False))
+    # Exact is the same for all adapters, and for any number of episodes.
+    exact = next(p for p in found if p.policy == EXACT)
+    shown = [exact, *(p for p in found if p.policy != EXACT)]
+    labels = {
+        id(p): f"{p.policy} ({p.adapters}, {p.episodes} episodes{', simulated' * p.simulated})"
+        for p in shown
+    }  # fmt: skip
+    labels[id(exact)] = "one exact cache per adapter"
+    figure = Figure(figsize=(12, 5.8), layout="constrained")
+    markers = dict(zip(dict.fromkeys(p.policy for p in shown), "osD^vP*XhdH<>", strict=False))
+    colours = dict(zip(dict.fromkeys(p.adapters for p in shown), ("tab:green", "tab:blue", "tab:orange"), strict=False))
     panels = figure.subplots(1, 2, sharey=True)
     for panel, value, label in (
         (panels[0], "rerun_per_token", "tokens run again, per token of the text"),
         (panels[1], "copies", "memory at the end, in full caches of the text"),
     ):
         groups: dict[int, list[Point]] = {}
-        for p in found:
+        for p in shown:
             groups.setdefault(round(getattr(p, value) / 0.1), []).append(p)
         for members in groups.values():
             for place, p in enumerate(members):
                 # Points at the same place stand side by side.
-                x = getattr(p, value) + 0.035 * (place - (len(members) - 1) / 2)
+                x = getattr(p, value) + 0.04 * (place - (len(members) - 1) / 2)
                 low, high = p.kept_interval
                 panel.errorbar(
                     x, 100 * p.kept, [[100 * max(0, p.kept - low)], [100 * max(0, high - p.kept)]], capsize=2, linewidth=1,
-                    marker=markers[p.policy], color=colours[p.adapters], mfc="white" if p.simulated else None,
-                    label=f"{NAMES.get(p.policy, p.policy)} ({p.adapters}, {p.episodes} ep.{', simulated' * p.simulated})",
+                    marker=markers[p.policy], color="black" if p is exact else colours[p.adapters],
+                    mfc="white" if p.episodes < exact.episodes else None, linestyle="none", label=labels[id(p)],
                 )  # fmt: skip
         panel.axhline(100, color="grey", linewidth=0.5)
         panel.set(xlabel=label)
         panel.set_xlim(left=min(0, panel.get_xlim()[0]))
     panels[0].set(ylabel="gain kept (%), 95 % interval over episodes")
-    handles = {label: handle for handle, label in zip(*panels[1].get_legend_handles_labels(), strict=True)}
-    ordered = [
-        f"{NAMES.get(p.policy, p.policy)} ({p.adapters}, {p.episodes} ep.{', simulated' * p.simulated})" for p in found
-    ]
+    handles = dict(zip(*reversed(panels[1].get_legend_handles_labels()), strict=True))
+    ordered = [labels[id(p)] for p in shown]
     figure.legend([handles[label] for label in ordered], ordered, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -175,7 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="the episodes that quality was measured on, as JSON lines"
     )
-    parser.add_argument("--dev50", type=Path, default=benchmarks / "quality_dev50.json", help="of replay.py")
+    parser.add_argument(
+        "--replays", type=Path, nargs="+", help="of replay.py",
+        default=[benchmarks / "quality_dev50.json", benchmarks / "quality_private.json"],
+    )  # fmt: skip
     parser.add_argument("--what-if", type=Path, default=benchmarks / "quality_what_if.json", help="of what_if.py")
     parser.add_argument(
         "--rank", type=int, default=8, help="of the adapters on k_proj and on v_proj, default %(default)s"
@@ -186,9 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = model.config
     shape = Shape(config.num_hidden_layers, 2 * config.num_key_value_heads * config.head_dim, 2 * options.rank)
     texts = [encode(tokenizer, episode) for episode in read_episodes(options.data)]
-    found = points(json.loads(options.dev50.read_text()), json.loads(options.what_if.read_text()), texts, shape)
+    results = [json.loads(path.read_text()) for path in options.replays]
+    found = points(results, json.loads(options.what_if.read_text()), texts, shape)
     about = dict(
-        data=options.data.name, quality=[options.dev50.name, options.what_if.name], shape=asdict(shape),
+        data=options.data.name, quality=[path.name for path in (*options.replays, options.what_if)], shape=asdict(shape),
         tokens=sum(text.turns[-1].stop for text in texts), episodes=len(texts),
         rerun_per_token="tokens that went through the model beyond one pass over the text, per token of the text",
         copies="K, V and low-rank entries at the end over those of one full cache of the text; no positions, no expanded keys",
