@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .check import check
-from .sharing import POLICIES, sharing_report
+from .sharing import POLICIES, policy_arguments, sharing_report
 
 
 def _named_path(text: str) -> tuple[str, str]:
@@ -24,6 +24,14 @@ def _named_path(text: str) -> tuple[str, str]:
     if not (name and separator and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
     return name, path
+
+
+def _policy(text: str) -> str:
+    try:
+        policy_arguments(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,7 +46,10 @@ def _parser() -> argparse.ArgumentParser:
         "--adapters", required=True, nargs="+", type=_named_path, metavar="NAME=PATH", help="PEFT adapters"
     )
     report.add_argument("--text", required=True, type=Path, help="a text file; it is cut into two turns per adapter")
-    report.add_argument("--policies", nargs="+", choices=POLICIES, help="default: all that apply")
+    report.add_argument(
+        "--policies", nargs="+", type=_policy, metavar="POLICY",
+        help=f"of {', '.join(POLICIES)}, and base_shared+private:FIRST-LAST (layers private); default: all that apply",
+    )  # fmt: skip
     report.add_argument("--max-tokens", type=int, default=2048, help="of the text; default %(default)s")
     report.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     report.add_argument(

@@ -118,8 +118,11 @@ def content_tensors(lora_layers: Iterable[tuple[str, Any]], name: str) -> list[t
     return tensors
 
 
-def check_expressible(path: str, module: Any, names: Iterable[str]) -> None:
+def check_expressible(path: str, module: Any, names: Iterable[str], split: bool = True) -> None:
     """Refuse what the split can't express on one ``k_proj`` or ``v_proj``.
+
+    Args:
+        split: False for a layer whose K and V are kept whole: DoRA is fine there.
 
     Raises:
         UnsupportedAdapterError: with the module's path, the adapter and the feature.
@@ -137,7 +140,10 @@ def check_expressible(path: str, module: Any, names: Iterable[str]) -> None:
         )
     layer: Any = module
     for name in names_on(module, names):
-        if layer.use_dora.get(name, False):
+        dora = layer.use_dora.get(name, False)
+        if dora and not split:
+            continue
+        if dora:
             raise UnsupportedAdapterError(
                 f"{path}: adapter {name!r} uses DoRA, which rescales base and low-rank part together. Train it without DoRA on "
                 "k_proj and v_proj, or use a DynamicCache per adapter"

@@ -210,7 +210,7 @@ class Attachment:
     _projections: _Places = field(default_factory=lambda: ([], []))
     _checked: Any = None
     _watched: list[tuple[Any, dict, dict, dict]] = field(default_factory=list)
-    _expressible: dict[tuple[str, ...], list[AdapterWatch]] = field(default_factory=dict)
+    _expressible: dict[tuple, list[AdapterWatch]] = field(default_factory=dict)
     _watches: dict[str, AdapterWatch] = field(default_factory=dict)
     _reader: DigestReader = field(default_factory=DigestReader)
     _names: tuple[str, ...] = ()
@@ -249,7 +249,7 @@ class Attachment:
         inside = {id(m) for m in self.decoder.modules()}
         for _, module in self.lora_layers:
             if id(module) in inside and not isinstance(record_of(module), ProjectionRecord):
-                replace_forward(module, ModuleRecord(self), _lora_forward)
+                replace_forward(module, ModuleRecord(self), lora_forward)
         self._structure = self._look()
         self._forget_weights()
         self._digests.clear()
@@ -403,13 +403,16 @@ class Attachment:
             return False
         return any(getattr(hook, "__module__", "") not in known for hooks in self._hooks for hook in hooks.values())
 
-    def check_adapters(self, agent: Agent, names: Iterable[str], looked_at: Container[str] = ()) -> None:
+    def check_adapters(
+        self, agent: Agent, names: Iterable[str], looked_at: Container[str] = (), private: tuple[int, ...] = ()
+    ) -> None:
         """Refuse what the split can't express, at the start of a turn.
 
         Args:
             agent: the active adapters.
             names: all adapters whose entries will be read or written.
             looked_at: adapters that :meth:`content_digests` was just asked about.
+            private: layers whose K and V are not split.
 
         Raises:
             UnsupportedAdapterError: with the layer, the adapter and the feature.
@@ -421,11 +424,13 @@ class Attachment:
         wanted = tuple(sorted({*names, *agent}))
         known = (name for name in wanted if name in loaded)
         watches = [self._watches[name] if name in looked_at else self.watch(name) for name in known]
-        if self._expressible.get(wanted) != watches:
-            for layer in self.layers.values():
+        if self._expressible.get((wanted, private)) != watches:
+            for index, layer in self.layers.items():
                 for which in PROJECTIONS:
-                    peft_adapters.check_expressible(f"{layer.path}.{which}", layer.projection(which), wanted)
-            self._expressible[wanted] = watches
+                    peft_adapters.check_expressible(
+                        f"{layer.path}.{which}", layer.projection(which), wanted, split=index not in private
+                    )
+            self._expressible[wanted, private] = watches
         seen: tuple | None = None
         for path, module in self.lora_layers:
             state = (module._disable_adapters, module._active_adapter)
@@ -550,7 +555,8 @@ def restore_forward(module: nn.Module) -> None:
 # ---- the replaced methods ------------------------------------------------------------------------------------------
 
 
-def _lora_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def lora_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A LoRA layer's forward: PEFT's, or in decode steps whose lengths the device counts the same in fewer launches."""
     now = forward_scope.get()
     products = None if now is None else now.products
     if products is None or args or kwargs or record_of(self).original is not None:

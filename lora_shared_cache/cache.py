@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import adapters as peft_adapters
-from .adapters import Agent, agent_name
+from .adapters import BASE_MODEL, Agent, agent_name
 from .attach import attach, attachment_of
 from .attachment import AdapterWatch, Attachment
 from .buffers import TokenBuffer
@@ -28,8 +29,11 @@ from .policies import (
     EntryKey,
     Policy,
     Sharing,
+    check_private_layers,
     check_sharing,
     first_difference,
+    is_private,
+    private_key,
     sharing_group,
 )
 from .reports import MemoryFootprint
@@ -54,14 +58,20 @@ class SharedLoRACache(SharedCacheBase):
             "lr_precomputed" (entries of every loaded adapter are computed whenever a token is processed) or "auto"
             ("base_lr_shared" where at least two adapters are loaded and share A, else "base_shared"; decided when the
             first token comes).
+        private_layers: indices of attention layers in which nothing is shared and nothing is split: each agent, the base model
+            included, keeps full keys and values of its own there. Well-chosen layers bring each agent closer to a cache of its
+            own, at their memory once per agent (docs/quality.md; layer 0 is exact anyway). Every agent runs every token itself
+            then, so only "base_shared" goes with it ("auto" is the same).
         max_cache_len: allocate room for this many tokens at once and never more; None: grow.
-        low_rank_dtype: dtype of the low-rank entries; None: that of the keys and values.
+        low_rank_dtype: dtype of the low-rank entries, not of private keys and values; None: that of the keys and values.
         check_tokens: compare the model's input with the tokens that are cached, and refuse a contradiction.
         cuda_graphs: on CUDA, replay decode steps (one new token per row) from a captured graph; ``eager_reason`` says where
             that is not possible.
 
     Raises:
-        ValueError: unknown ``sharing``, ``max_cache_len`` below 1, or ``low_rank_dtype`` that is not floating.
+        ValueError: unknown ``sharing``, ``private_layers`` that are no indices or don't go with ``sharing``, ``max_cache_len``
+            below 1, or ``low_rank_dtype`` that is not floating. Private layers that the model does not have are refused at
+            first use.
     """
 
     def __init__(
@@ -69,12 +79,14 @@ class SharedLoRACache(SharedCacheBase):
         model: nn.Module | None = None,
         *,
         sharing: Sharing = "auto",
+        private_layers: Iterable[int] = (),
         max_cache_len: int | None = None,
         low_rank_dtype: torch.dtype | None = None,
         check_tokens: bool = True,
         cuda_graphs: bool = True,
     ):
         check_sharing(sharing)
+        private = check_private_layers(private_layers, sharing)
         if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
             raise SharedCacheError(f"max_cache_len is {max_cache_len!r}, expected a positive number of tokens or None")
         if low_rank_dtype is not None and low_rank_dtype not in _FLOATS:
@@ -84,6 +96,7 @@ class SharedLoRACache(SharedCacheBase):
         super().__init__(layers=[])
         self.layers: list[SharedLoRALayer] = []  # type: ignore[assignment]
         self.sharing = sharing
+        self._private_layers = private
         self._max_cache_len = max_cache_len
         self.low_rank_dtype = low_rank_dtype
         self.check_tokens = check_tokens
@@ -124,6 +137,11 @@ class SharedLoRACache(SharedCacheBase):
         return None if self._policy is None else self._policy.name
 
     @property
+    def private_layers(self) -> tuple[int, ...]:
+        """Layers in which each agent has keys and values of its own, sorted."""
+        return self._private_layers
+
+    @property
     def max_cache_len(self) -> int | None:
         """Capacity in tokens, or None if the cache grows."""
         return self._max_cache_len
@@ -140,7 +158,7 @@ class SharedLoRACache(SharedCacheBase):
 
     @property
     def trajectory_length(self) -> int:
-        """T: tokens with base K/V."""
+        """T: tokens that some agent has processed. All of them have base K/V (but on private layers)."""
         return self._trajectory.length
 
     @property
@@ -155,6 +173,8 @@ class SharedLoRACache(SharedCacheBase):
 
     def coverage(self) -> dict[str, int]:
         """Leading trajectory tokens that each agent need not run again.
+
+        With private layers every agent covers only what it has run itself, the base model and adapters without k and v too.
 
         Returns:
             Tokens by adapter name; "__base__" is the base model, "a+b" a combination of adapters that has run.
@@ -171,21 +191,25 @@ class SharedLoRACache(SharedCacheBase):
 
         Returns:
             A dict with "base", "low_rank" (by adapter; "*" is the one that adapters with a common A share, "*+name" what an
-            adapter needs besides on a model that normalises keys), "expanded_keys" (kept on the CPU for the agent that ran
-            last), "positions" (cos/sin, token ids, and norms of base keys), "total" (their sum), "allocated" (with the slack of
-            growing storage) and "non_shared" (as many full K/V caches of the whole trajectory as agents have run).
+            adapter needs besides on a model that normalises keys), "private" (K/V of private layers, by agent; "__base__" is the
+            base model), "expanded_keys" (kept on the CPU for the agent that ran last), "positions" (cos/sin, token ids, norms
+            of base keys), "total" (their sum), "allocated" (with the slack of growing storage) and "non_shared" (as many full
+            K/V caches of the whole trajectory as agents have run).
         """
         length = self.trajectory_length
         low_rank: dict[str, int] = {}
-        base = expanded = allocated = 0
+        private: dict[str, int] = {}
+        base = expanded = allocated = full = 0
         for layer in self.layers:
             base += layer.base_keys.nbytes(length) + layer.base_values.nbytes(length)
             expanded += layer.expanded.nbytes(layer.expanded_length)
             allocated += sum(buffer.nbytes() for buffer in layer.buffers())
+            if layer.is_initialized:
+                full += layer.width * layer.dtype.itemsize * self.rows * length
             for key, parts in layer.entries.items():
                 tokens = self._coverage.get(key, 0)
-                name = agent_name(key)
-                low_rank[name] = low_rank.get(name, 0) + sum(b.nbytes(tokens) for b in parts.values())
+                into, name = (private, agent_name(key[1:])) if is_private(key) else (low_rank, agent_name(key))
+                into[name] = into.get(name, 0) + sum(b.nbytes(tokens) for b in parts.values())
         ropes = [buffer for pair in self._ropes.values() for buffer in pair]
         positions = sum(buffer.nbytes(length) for buffer in ropes) + self._trajectory.nbytes()
         positions += sum(layer.base_rms.nbytes(length) for layer in self.layers)
@@ -193,22 +217,28 @@ class SharedLoRACache(SharedCacheBase):
         return MemoryFootprint(
             base=base,
             low_rank=low_rank,
+            private=private,
             expanded_keys=expanded,
             positions=positions,
-            total=base + sum(low_rank.values()) + expanded + positions,
+            total=base + sum(low_rank.values()) + sum(private.values()) + expanded + positions,
             allocated=allocated,
-            non_shared=base * max(1, len(self._agents)) if length else 0,
+            non_shared=full * max(1, len(self._agents)),
         )
 
     def drop_adapter(self, name: str) -> None:
-        """Release the low-rank entries of an adapter; its next turn runs the trajectory again.
+        """Release the low-rank entries of an adapter, and its K/V of private layers; its next turn runs the trajectory again.
 
-        Entries that adapters with a common A share are released with the last of them.
+        Entries that adapters with a common A share are released with the last of them. Where there are private layers,
+        "__base__" releases those of the base model.
 
         Raises:
             ValueError: neither the model nor the cache knows the adapter.
         """
         self._not_while_running("drop_adapter")
+        if name == BASE_MODEL and self.private_layers:
+            self._drop_keys([private_key(())])
+            self._agents.pop((), None)
+            return
         loaded = self._attachment.adapters() if self._attachment is not None else ()
         if name not in loaded and name not in self._identities and not any(name in key for key in self._coverage):
             known = ", ".join(map(repr, sorted({*loaded, *self._identities}))) or "none"
@@ -360,8 +390,9 @@ class SharedLoRACache(SharedCacheBase):
 
     def __repr__(self) -> str:
         covered = ", ".join(f"{agent_name(a)}: {self._covered(a)}" for a in self._agents)
+        private = f"private_layers={self.private_layers}, " if self.private_layers else ""
         return (
-            f"SharedLoRACache(sharing={self.sharing!r}, policy={self.policy!r}, rows={self.rows}, "
+            f"SharedLoRACache(sharing={self.sharing!r}, policy={self.policy!r}, {private}rows={self.rows}, "
             f"tokens={self.trajectory_length}, coverage={{{covered}}})"
         )
 
@@ -370,6 +401,7 @@ class SharedLoRACache(SharedCacheBase):
         self._not_while_running("deepcopy")
         copy = SharedLoRACache(
             sharing=self.sharing,
+            private_layers=self.private_layers,
             max_cache_len=self.max_cache_len,
             low_rank_dtype=self.low_rank_dtype,
             check_tokens=self.check_tokens,
@@ -400,6 +432,12 @@ class SharedLoRACache(SharedCacheBase):
             self._graphs.clear()
             return
         self._check_model(attachment.root)
+        beyond = [index for index in self.private_layers if index not in attachment.layers]
+        if beyond:
+            raise SharedCacheError(
+                f"private_layers has {beyond[0]}, but {type(attachment.root).__name__} has the attention layers 0 to "
+                f"{len(attachment.layers) - 1}. Make a cache with indices of these"
+            )
         self._attachment = attachment
         self._graphs.clear()
         self.layers = [SharedLoRALayer(self, self.max_cache_len) for _ in attachment.layers]
@@ -500,7 +538,7 @@ class SharedLoRACache(SharedCacheBase):
         policy = self._resolve(attachment, contents)
         reads = {name for entry, _ in policy.readers(agent) for name in entry.names}
         writes = {name for entry in policy.writers(agent) for name in entry.names}
-        attachment.check_adapters(agent, reads | writes, contents)
+        attachment.check_adapters(agent, reads | writes, contents, self.private_layers)
         if policy.key_norm and policy.name != "base_shared":
             attachment.check_one_adapter_on_keys(agent, policy.name)
         self._policy = policy
@@ -536,12 +574,13 @@ class SharedLoRACache(SharedCacheBase):
                     group = self._regroup(self._down_digests)
                 else:
                     group = ()
-                self._policy = Policy(policy.name, names, group, attachment.normalises_adapted_keys())
+                norm = attachment.normalises_adapted_keys()
+                self._policy = replace(policy, adapters=names, group=group, key_norm=norm)
 
     def _read_contents(self, attachment: Attachment, agent: Agent) -> dict[str, tuple]:
         """Content of all adapters that matter to what is cached and to who may read it."""
         names = {*self._identities, *agent}
-        if self.sharing in ("auto", "base_lr_shared"):
+        if self.sharing in ("auto", "base_lr_shared") and not self.private_layers:
             names.update(attachment.adapters_on_keys_or_values())
         return attachment.content_digests(name for name in attachment.adapters() if name in names)
 
@@ -564,14 +603,17 @@ class SharedLoRACache(SharedCacheBase):
         gone = [key for key in self._coverage if name in key]
         if self._policy is not None and self._policy.group == (name,):
             gone.append(SHARED_ENTRY)
-        for key in gone:
-            self._coverage.pop(key, None)
-            for layer in self.layers:
-                layer.entries.pop(key, None)
+        self._drop_keys(gone)
         for agent in [a for a in self._agents if name in a]:
             del self._agents[agent]
         for layer in self.layers:
             layer.release_expanded()
+
+    def _drop_keys(self, keys: Iterable[EntryKey]) -> None:
+        for key in keys:
+            self._coverage.pop(key, None)
+            for layer in self.layers:
+                layer.entries.pop(key, None)
 
     def _resolve(self, attachment: Attachment, contents: dict[str, tuple]) -> Policy:
         """The policy for the adapters that are loaded now.
@@ -580,6 +622,8 @@ class SharedLoRACache(SharedCacheBase):
             UnsupportedAdapterError: "base_lr_shared" with different A's.
         """
         names = attachment.adapters_on_keys_or_values()
+        if self.private_layers:
+            return Policy("base_shared", names, private=True)
         if self.sharing in ("base_shared", "lr_precomputed"):
             return Policy(self.sharing, names, key_norm=attachment.normalises_adapted_keys())
         self._read_down_projections(attachment, names, contents)

@@ -15,12 +15,13 @@ from flash_lora_attention import flash_lora_attention, flash_lora_attention_refe
 from . import adapters as peft_adapters
 from .adapters import Agent
 from .append import append_token
-from .attachment import Attachment, AttentionLayer, call_original
+from .attachment import Attachment, AttentionLayer, call_original, lora_forward
 from .attention import attention_backend
 from .buffers import NotReserved, TokenBuffer
 from .errors import TrajectoryError, UnsupportedModelError
 from .key_norm import KeyNorm
-from .policies import SHARED_ENTRY, Entry, EntryKey
+from .layout import NO_ROTATION
+from .policies import SHARED_ENTRY, Entry, EntryKey, private_key
 from .products import DownProducts
 from .scopes import forward_scope, layer_scope
 from .storage import SharedCacheBase, SharedLoRALayer
@@ -66,8 +67,9 @@ class ForwardPass:
         attachment, cache, agent: which model, cache and adapters.
         start, stop: the tokens that are run, as positions in the trajectory.
         previous: T before the pass; tokens from there on get base K/V.
-        writers: low-rank caches that are written, with the position from which tokens are new to them.
-        readers: low-rank caches that the agent reads, with the adapters that read them.
+        writers: low-rank caches (and the agent's own K and V) that are written, with the position from which tokens are new
+            to them.
+        readers: those that the agent reads, with the adapters that read them in low rank.
         group: adapters that have one A in common; see ``Policy``.
         ids: (B, n) of tokens ``start ... stop``, -1 where unknown.
         positions: (B or 1, n) position ids of them, or None: consecutive.
@@ -132,12 +134,21 @@ class ForwardPass:
 
 
 class LayerPass:
-    """One attention layer of a forward pass: splits the projections, stores, and attends."""
+    """One attention layer of a forward pass: splits the projections, stores, and attends.
+
+    Attributes:
+        private: on a private layer, the key of the agent's own K and V; nothing is split there.
+        stored, attended: whether the layer has given K and V to the cache, and has called its attention.
+    """
 
     def __init__(self, forward_pass: ForwardPass, layer: AttentionLayer):
         self.forward_pass = forward_pass
         self.layer = layer
         self.storage: SharedLoRALayer = forward_pass.cache.layers[layer.layer_idx]
+        self.private: EntryKey | None = None
+        if layer.layer_idx in forward_pass.cache.private_layers:
+            self.private = private_key(forward_pass.agent)
+        self.stored = self.attended = False
         # With a slot: what is to be written for the new token, and its low-rank entries until then.
         self._tokens: list[tuple[TokenBuffer, torch.Tensor]] = []
         self._fresh: dict[EntryKey, torch.Tensor] = {}
@@ -147,12 +158,16 @@ class LayerPass:
     def project(self, which: str, module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What ``k_proj`` or ``v_proj`` returns during the pass: the base alone; ``A x`` goes to the storage.
 
+        On a private layer: what PEFT returns.
+
         Args:
             x: (B, n, in_features).
 
         Returns:
             (B, n, Hk * D).
         """
+        if self.private is not None:
+            return lora_forward(module, x, *args, **kwargs)
         if module.disable_adapters and module.merged:
             # PEFT's own forward does this too: a disabled adapter must not stay in the base weights.
             module.unmerge()
@@ -245,8 +260,13 @@ class LayerPass:
     # ---- storage ---------------------------------------------------------------------------------------------------
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store what is new of the base K/V (B, Hk, n, D); return tokens 0 ... stop (with a slot: the whole capacity)."""
-        now = self.forward_pass
+        """Store what is new of the base K/V (B, Hk, n, D); return tokens 0 ... stop (with a slot: the whole capacity).
+
+        On a private layer: of the agent's own K/V.
+        """
+        now, self.stored = self.forward_pass, True
+        if self.private is not None:
+            return self._update_private(self.private, key_states, value_states)
         if now.slot is not None:
             # The entries of this token, which the projections left, go with it.
             self._tokens += [(self.storage.base_keys, key_states), (self.storage.base_values, value_states)]
@@ -257,13 +277,34 @@ class LayerPass:
             self.storage.write_base(now.previous, key_states[:, :, new:], value_states[:, :, new:])
         return self.storage.base_keys.view(now.seen), self.storage.base_values.view(now.seen)
 
+    def _update_private(
+        self, key: EntryKey, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        now = self.forward_pass
+        if now.slot is None:
+            for entry, start in now.writers:
+                if entry.key == key and start < now.stop:
+                    new = start - now.start
+                    self.storage.write_private(key, start, key_states[:, :, new:], value_states[:, :, new:])
+        buffers = self.storage.private(key)
+        if buffers is None:
+            raise NotReserved
+        keys, values = buffers
+        if now.slot is not None:
+            append_token(now.slot.index, [(keys, key_states), (values, value_states)])
+        return keys.view(now.seen), values.view(now.seen)
+
     # ---- attention -------------------------------------------------------------------------------------------------
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Attention of (B, Hq, S, D) over base K/V (B, Hk, T, D) plus the agent's low-rank part; (B, Hq, S, D)."""
+        """Attention of (B, Hq, S, D) over base K/V (B, Hk, T, D) plus the agent's low-rank part; (B, Hq, S, D).
+
+        On a private layer K/V are the agent's own, and there is no low-rank part.
+        """
+        self.attended = True
         key_low_rank, key_up = self._low_rank("k_proj")
         value_low_rank, value_up = self._low_rank("v_proj")
-        layout, slot = self.layer.layout, self.forward_pass.slot
+        layout, slot = self.layer.layout if self.private is None else NO_ROTATION, self.forward_pass.slot
         assert layout is not None
         backend = attention_backend()
         if backend is None and not query.is_cuda:
@@ -305,6 +346,8 @@ class LayerPass:
 
     def _low_rank(self, which: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The agent's entries (B, stop, r) and up-projections (Hk, r, D) for one projection, or None twice."""
+        if self.private is not None:
+            return None, None
         now = self.forward_pass
         module = self.layer.projection(which)
         entries: list[torch.Tensor] = []
@@ -405,10 +448,18 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
             f"{layer.name} is called with {len(args) + 1} positional arguments, which is not supported"
         )
     try:
-        layer.find_layout(kwargs)
-        now.store_rope(layer, kwargs)
-        with layer_scope(LayerPass(now, layer)), torch.no_grad():
+        layer_pass = LayerPass(now, layer)
+        if layer_pass.private is None:
+            layer.find_layout(kwargs)
+            now.store_rope(layer, kwargs)
+        with layer_scope(layer_pass), torch.no_grad():
             out = call_original(layer.module, **kwargs)
+        if layer_pass.private is not None and not (layer_pass.stored and layer_pass.attended):
+            # A layer that is split was tried out before. This one is not, and its attention may have gone without a mask.
+            raise UnsupportedModelError(
+                f"{layer.name}: it does not give its own keys and values to the cache and call its attention through "
+                "Transformers' attention interface. Use a DynamicCache per adapter"
+            )
     except BaseException:
         if now.entered_from_inside:
             peft_adapters.remove_left_hooks(now.attachment.lora_layers)

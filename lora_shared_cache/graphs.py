@@ -288,8 +288,9 @@ class DecodeGraphs:
         cache = self.cache
         keys = {entry.key for entry, _ in (*now.writers, *now.readers)}
         found = [buffer for buffer in cache._rope_buffers_all() if buffer.data is not None]
-        for layer in cache.layers:
-            found += (layer.base_keys, layer.base_values)
+        for index, layer in enumerate(cache.layers):
+            if index not in cache.private_layers:
+                found += (layer.base_keys, layer.base_values)
             if layer.base_rms.data is not None:
                 found.append(layer.base_rms)
             for key in keys:

@@ -6,7 +6,7 @@ Pure bookkeeping over adapter names; tensors and modules are elsewhere. The name
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,13 +21,23 @@ SHARED_ENTRY: EntryKey = ("*",)
 """Key of the one low-rank cache of all adapters with a common A."""
 
 
+def private_key(agent: Agent) -> EntryKey:
+    """Key of an agent's own K and V on private layers. No adapter's name is empty, so it is the key of nothing else."""
+    return ("", *agent)
+
+
+def is_private(key: EntryKey) -> bool:
+    """Whether the key is that of an agent's own K and V, not of a low-rank cache."""
+    return key[:1] == ("",)
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One low-rank cache.
+    """One low-rank cache, or one agent's own K and V on private layers.
 
     Attributes:
         key: identifies it within the cache.
-        names: the adapters whose A's it was computed with.
+        names: the adapters whose A's it was computed with; none for K and V.
         shared: those adapters have one A in common (else their A's stand below each other).
         gains: it holds only the two numbers per key of one adapter, on models that normalise keys (``key_norm.py``); its
             low-rank entries are those of :data:`SHARED_ENTRY`.
@@ -48,15 +58,26 @@ class Policy:
         adapters: loaded adapters with a LoRA on some k_proj or v_proj, sorted.
         group: of those, the ones that share A; only with "base_lr_shared".
         key_norm: the model normalises keys that adapters change: each adapter has two numbers of its own per key.
+        private: some layers are private: each agent has K and V of its own there. Only with "base_shared".
     """
 
     name: str
     adapters: tuple[str, ...]
     group: tuple[str, ...] = ()
     key_norm: bool = False
+    private: bool = False
 
     def readers(self, agent: Agent) -> list[tuple[Entry, tuple[str, ...]]]:
-        """Low-rank caches that the agent needs, each with the agent's adapters that read it. Empty for the base model."""
+        """What the agent needs, each with the agent's adapters that read it in low rank.
+
+        Empty for the base model, unless there are private layers.
+        """
+        found = self._low_rank(agent)
+        if self.private:
+            found.append((Entry(private_key(agent), ()), ()))
+        return found
+
+    def _low_rank(self, agent: Agent) -> list[tuple[Entry, tuple[str, ...]]]:
         names = tuple(name for name in agent if name in self.adapters)
         if self.name == "lr_precomputed":
             return [(Entry((name,), (name,)), (name,)) for name in names]
@@ -65,14 +86,14 @@ class Policy:
         if members:
             found.append((self._shared_entry(), members))
             found += [(entry, entry.names) for entry in self._gains(members)]
-        private = tuple(name for name in names if name not in self.group)
-        if private:
-            # The private part belongs to the whole combination: its hidden states are those of all active adapters.
-            found.append((Entry(agent, private), private))
+        own = tuple(name for name in names if name not in self.group)
+        if own:
+            # What is not shared belongs to the whole combination: its hidden states are those of all active adapters.
+            found.append((Entry(agent, own), own))
         return found
 
     def writers(self, agent: Agent) -> list[Entry]:
-        """Low-rank caches that are written while the agent processes tokens."""
+        """What is written while the agent processes tokens."""
         if self.name == "lr_precomputed":
             return [Entry((name,), (name,)) for name in self.adapters]
         entries = [entry for entry, _ in self.readers(agent)]
@@ -97,6 +118,27 @@ def check_sharing(sharing: str) -> None:
     """
     if sharing not in SHARING_POLICIES:
         raise SharedCacheError(f"sharing is {sharing!r}, expected one of {', '.join(map(repr, SHARING_POLICIES))}")
+
+
+def check_private_layers(layers: Iterable[int], sharing: str) -> tuple[int, ...]:
+    """The private layers, sorted and each once.
+
+    Raises:
+        SharedCacheError: something else than indices from 0, or a policy with which agents do not run every token themselves.
+    """
+    expected = "expected indices of attention layers from 0, for example range(8, 22)"
+    if not isinstance(layers, Iterable):
+        raise SharedCacheError(f"private_layers is {layers!r}, {expected}")
+    given = list(layers)
+    for index in given:
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise SharedCacheError(f"private_layers has {index!r}, {expected}")
+    if given and sharing not in ("auto", "base_shared"):
+        raise SharedCacheError(
+            f"sharing is {sharing!r} with private_layers, expected 'base_shared' (or 'auto', which is then the same): a private "
+            "layer needs K and V of every token from each agent's own run. Leave out private_layers, or sharing"
+        )
+    return tuple(sorted(set(given)))
 
 
 DownDigests = dict[tuple[int, str], tuple[int, ...]]

@@ -10,6 +10,7 @@ class MemoryFootprint(TypedDict):
 
     base: int
     low_rank: dict[str, int]
+    private: dict[str, int]
     expanded_keys: int
     positions: int
     total: int

@@ -35,6 +35,35 @@ Turn = tuple[str, torch.Tensor]
 
 EXACT, FULLY_SHARED = "non_shared", "fully_shared"
 POLICIES = (EXACT, FULLY_SHARED, "base_shared", "base_lr_shared", "lr_precomputed")
+_PRIVATE = "+private:"
+
+
+def policy_arguments(name: str) -> dict[str, Any]:
+    """What makes the cache of a policy: "base_shared", or with private layers "base_shared+private:0,8-21".
+
+    Args:
+        name: the policy; after "+private:" layers or ranges of layers, both ends included.
+
+    Returns:
+        Keyword arguments of :class:`SharedLoRACache`; none for the two that are no such cache.
+
+    Raises:
+        ValueError: an unknown policy, or something else than layers.
+    """
+    sharing, private, layers = name.partition(_PRIVATE)
+    if sharing not in POLICIES or (private and sharing != "base_shared"):
+        raise ValueError(
+            f"policy {name!r} is unknown, expected one of {list(POLICIES)} or base_shared{_PRIVATE}FIRST-LAST"
+        )
+    if sharing in (EXACT, FULLY_SHARED):
+        return {}
+    indices: list[int] = []
+    for part in layers.split(",") if private else ():
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+            raise ValueError(f"policy {name!r}: {part!r} is no layer and no range of layers such as 8-21")
+        indices += range(int(first), int(last or first) + 1)
+    return dict(sharing=sharing, private_layers=indices) if indices else dict(sharing=sharing)
 
 
 @dataclass(frozen=True)
@@ -176,7 +205,7 @@ def sharing_report(
             ids (1, n) or one or several texts are cut into two turns per adapter, in turn.
         adapters: the adapters of such turns; None takes all that are loaded.
         policies: of "non_shared", "fully_shared" (one ``DynamicCache`` for all), "base_shared", "base_lr_shared" and
-            "lr_precomputed"; None takes all that apply.
+            "lr_precomputed"; None takes all that apply. "base_shared+private:8-21" is "base_shared" with these layers private.
         tokenizer: for texts.
         chunk: tokens per forward pass; bounds the memory for activations.
         progress: show a bar.
@@ -196,12 +225,12 @@ def sharing_report(
     missing = [name for name in names if name not in loaded]
     if missing:
         raise UnsupportedAdapterError(f"adapters {missing} are not loaded; the model has {loaded}")
-    unknown = [name for name in policies or () if name not in POLICIES]
-    if unknown:
-        raise ValueError(f"policies {unknown} are unknown, expected some of {list(POLICIES)}")
+    policies = None if policies is None else list(policies)
+    for name in policies or ():
+        policy_arguments(name)
     with _as_it_was(model), torch.no_grad():
         attach(model)
-        return _measure(model, turns, names, None if policies is None else list(policies), chunk, progress)
+        return _measure(model, turns, names, policies, chunk, progress)
 
 
 def _measure(
@@ -323,9 +352,9 @@ class FullySharedReplay(ExactReplay):
 class SharedReplay(Replay):
     """A :class:`SharedLoRACache`."""
 
-    def __init__(self, model: nn.Module, chunk: int, sharing: str):
+    def __init__(self, model: nn.Module, chunk: int, policy: str):
         super().__init__(model, chunk)
-        self.cache = SharedLoRACache(sharing=cast(Any, sharing))
+        self.cache = SharedLoRACache(**policy_arguments(policy))
 
     def turn(self, adapter: str, ids: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """As :meth:`ExactReplay.turn`."""

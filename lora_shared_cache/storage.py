@@ -1,4 +1,5 @@
-"""What is stored per attention layer: base K/V once, low-rank entries per adapter, and (on the CPU) expanded keys.
+"""What is stored per attention layer: base K/V once, low-rank entries per adapter, and (on the CPU) expanded keys; on a private
+layer K/V of each agent instead.
 
 A layer is only storage. Which of its tokens are valid is the cache's business, so that a forward pass that fails leaves
 nothing behind.
@@ -27,10 +28,11 @@ class SharedLoRALayer(CacheLayerMixin):
     """One attention layer of a :class:`SharedLoRACache`.
 
     Attributes:
-        base_keys, base_values: (B, Hk, T, D); keys after RoPE.
+        base_keys, base_values: (B, Hk, T, D); keys after RoPE. Empty on a private layer.
         base_rms: (B, Hk or 1, T, 1), root mean square of base keys before their norm; only on models that normalise keys.
         entries: low-rank entries by key and projection, each (B, T, r); with a norm also the "gain" and "delta_gain" of keys,
-            (B, Hk or 1, T, 1) float32.
+            (B, Hk or 1, T, 1) float32. On a private layer an agent's own K and V, each (B, Hk, T, D), keys after RoPE.
+        width: numbers of K and V of one token and row, Hk (D + D); 0 before the first write.
         expanded: (B, Hk, T, D), base plus low-rank keys of the agent that ran last; only on the CPU.
         expanded_length: how many of its tokens are valid.
     """
@@ -52,21 +54,24 @@ class SharedLoRALayer(CacheLayerMixin):
         self.entries: dict[EntryKey, dict[str, TokenBuffer]] = {}
         self.expanded = TokenBuffer(-2, self.max_tokens)
         self.expanded_length = 0
+        self.width = 0
         self.is_initialized = False
 
     # ---- the contract of CacheLayerMixin ---------------------------------------------------------------------------
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Base keys (B, Hk, T, D) of the whole trajectory, or None while empty."""
-        length = self._cache.trajectory_length
-        return self.base_keys.view(length) if length and self.is_initialized else None
+        """Base keys (B, Hk, T, D) of the whole trajectory, or None: empty, or a private layer."""
+        return self._base(self.base_keys)
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Base values (B, Hk, T, D) of the whole trajectory, or None while empty."""
+        """Base values (B, Hk, T, D) of the whole trajectory, or None: empty, or a private layer."""
+        return self._base(self.base_values)
+
+    def _base(self, buffer: TokenBuffer) -> torch.Tensor | None:
         length = self._cache.trajectory_length
-        return self.base_values.view(length) if length and self.is_initialized else None
+        return buffer.view(length) if length and buffer.data is not None else None
 
     @property
     def batch_size(self) -> int:
@@ -74,8 +79,9 @@ class SharedLoRALayer(CacheLayerMixin):
         return self._cache.rows or -1
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Note dtype and device; storage comes with the first write."""
+        """Note dtype, device and width; storage comes with the first write."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.width = sum(states.shape[1] * states.shape[-1] for states in (key_states, value_states))
         self.is_initialized = True
 
     def update(
@@ -131,10 +137,22 @@ class SharedLoRALayer(CacheLayerMixin):
 
     def write_base(self, start: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Write base K/V (B, Hk, n, D) of tokens ``start ...``."""
-        if not self.is_initialized:
+        if start == 0 or not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.base_keys.write(start, key_states)
         self.base_values.write(start, value_states)
+
+    def write_private(self, key: EntryKey, start: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Write an agent's own K/V (B, Hk, n, D) of tokens ``start ...`` on a private layer."""
+        if start == 0 or not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.write_entry(key, "k_proj", start, key_states)
+        self.write_entry(key, "v_proj", start, value_states)
+
+    def private(self, key: EntryKey) -> tuple[TokenBuffer, TokenBuffer] | None:
+        """An agent's own K and V on a private layer, or None: it has none."""
+        parts = self.entries.get(key)
+        return None if parts is None else (parts["k_proj"], parts["v_proj"])
 
     def write_entry(self, key: EntryKey, which: str, start: int, a: torch.Tensor) -> None:
         """Write low-rank entries (B, n, r) of tokens ``start ...``."""
@@ -159,7 +177,7 @@ class SharedLoRALayer(CacheLayerMixin):
         copy.base_keys, copy.base_values = self.base_keys.clone(), self.base_values.clone()
         copy.base_rms = self.base_rms.clone()
         copy.entries = {k: {w: b.clone() for w, b in parts.items()} for k, parts in self.entries.items()}
-        copy.is_initialized = self.is_initialized
+        copy.is_initialized, copy.width = self.is_initialized, self.width
         if self.is_initialized:
             copy.dtype, copy.device = self.dtype, self.device
         return copy

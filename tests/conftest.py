@@ -19,7 +19,7 @@ settings.load_profile("shared")
 # What must hold whichever way a cache stores its tokens and runs its decode steps.
 ALL_STORAGES = (
     "test_adapter_changes", "test_attach", "test_attention_function", "test_cache_contract", "test_exactness", "test_families",
-    "test_generate", "test_policies", "test_refusals", "test_state_machine", "test_trajectory",
+    "test_generate", "test_policies", "test_private_layers", "test_refusals", "test_state_machine", "test_trajectory",
 )  # fmt: skip
 STORAGES = ("growing", "preallocated", "captured")
 # These hardly decode: what they say of captured steps is said elsewhere.

@@ -2,7 +2,8 @@
 
 It reads the weights of a (twin) ``PeftModel`` and shares no code with the package, with PEFT's forward or with
 Transformers' attention. Every token keeps its base K (after RoPE) and base V from whoever processed it first; the low-rank
-entries are filled as the policy's definition says; attention is dense, with K and V fully expanded.
+entries are filled as the policy's definition says; attention is dense, with K and V fully expanded. In private layers each
+agent keeps the K and V that it computed itself.
 """
 
 from __future__ import annotations
@@ -34,17 +35,21 @@ class LlamaOracle:
         model: a tiny Llama in a ``PeftModel``, in float64, that is not attached. It is read anew at each turn.
         sharing: "base_shared", "lr_precomputed" or "base_lr_shared" (all adapters have equal A's on k/v).
         names: the loaded adapters.
+        private: indices of the layers in which nothing is shared; with "base_shared".
     """
 
-    def __init__(self, model: nn.Module, sharing: str, names: list[str]):
+    def __init__(self, model: nn.Module, sharing: str, names: list[str], private: tuple[int, ...] = ()):
         self.llama = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.sharing, self.names = sharing, list(names)
+        self.private = tuple(private)
         self.layers = self.llama.model.layers
         self.ids: list[int] = []
         # Per layer and token: base key (after RoPE) and base value, each (Hk, D).
         self.base: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.layers]
         # Per entry key, layer and projection: one {adapter: A x} for each covered token.
         self.entries: dict[object, list[dict[str, list[dict[str, torch.Tensor]]]]] = {}
+        # Per agent, private layer and token: key (after RoPE) and value as this agent computed them.
+        self.own: dict[Agent, dict[int, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
 
     # ---- who writes and reads what: the definitions of the policies ----
 
@@ -55,6 +60,8 @@ class LlamaOracle:
         return len(self.entries[key][0]["k_proj"]) if key in self.entries else 0
 
     def coverage(self, agent: Agent) -> int:
+        if self.private:
+            return len(self.own[agent][self.private[0]]) if agent in self.own else 0
         if not agent:
             return len(self.ids)
         if self.sharing == "lr_precomputed":
@@ -77,19 +84,24 @@ class LlamaOracle:
             for parts in layers:
                 for tokens in parts.values():
                     del tokens[keep:]
+        for layers in self.own.values():
+            for tokens in layers.values():
+                del tokens[keep:]
 
     def forget(self, name: str) -> None:
         """Drop the entries of every combination with this adapter."""
         self.entries = {k: v for k, v in self.entries.items() if k == "*" or name not in k}
+        self.own = {agent: layers for agent, layers in self.own.items() if name not in agent}
 
     def fork(self) -> LlamaOracle:
-        copy = LlamaOracle(self.llama, self.sharing, self.names)
+        copy = LlamaOracle(self.llama, self.sharing, self.names, self.private)
         copy.ids = list(self.ids)
         copy.base = [list(stored) for stored in self.base]
         copy.entries = {
             k: [{which: list(tokens) for which, tokens in parts.items()} for parts in layers]
             for k, layers in self.entries.items()
         }
+        copy.own = {agent: {i: list(t) for i, t in layers.items()} for agent, layers in self.own.items()}
         return copy
 
     # ---- the model ----
@@ -102,7 +114,7 @@ class LlamaOracle:
         """
         assert ids[: len(self.ids)] == self.ids
         start = min(self.coverage(agent), len(ids) - 1)
-        previous, self.ids = len(self.ids), list(ids)
+        self.ids = list(ids)
         writes = [
             (key, names, self._entry_length(key))
             for key, names in self._writes(agent)
@@ -110,18 +122,23 @@ class LlamaOracle:
         ]
         for key, _, _ in writes:
             self.entries.setdefault(key, [{"k_proj": [], "v_proj": []} for _ in self.layers])
+        if self.private:
+            self.own.setdefault(agent, {index: [] for index in self.private})
         x = self.llama.model.embed_tokens.weight[torch.tensor(ids[start:])]
         for index, layer in enumerate(self.layers):
             attention = layer.self_attn
             h = self._norm(layer.input_layernorm, x)
             q = self._project(attention.q_proj, h, agent)
-            base = {which: self._project(getattr(attention, which), h, ()) for which in ("k_proj", "v_proj")}
+            # In a private layer nothing is split: the agent's own projections.
+            writer = agent if index in self.private else ()
+            base = {which: self._project(getattr(attention, which), h, writer) for which in ("k_proj", "v_proj")}
             D = attention.head_dim
             q = self._rotate(q.view(len(h), -1, D), range(start, len(ids)))
             k = self._rotate(base["k_proj"].view(len(h), -1, D), range(start, len(ids)))
             v = base["v_proj"].view(len(h), -1, D)
-            for t in range(max(previous, start), len(ids)):
-                self.base[index].append((k[t - start], v[t - start]))
+            stored = self.own[agent][index] if index in self.private else self.base[index]
+            for t in range(len(stored), len(ids)):
+                stored.append((k[t - start], v[t - start]))
             for key, names, length in writes:
                 for which in ("k_proj", "v_proj"):
                     _, _, pairs = _linear(getattr(attention, which))
@@ -143,8 +160,12 @@ class LlamaOracle:
         return self._norm(self.llama.model.norm, x) @ self.llama.lm_head.weight.T
 
     def _expand(self, index, attention, agent: Agent, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = torch.stack([k for k, _ in self.base[index]])
-        values = torch.stack([v for _, v in self.base[index]])
+        own = index in self.private
+        stored = self.own[agent][index] if own else self.base[index]
+        keys = torch.stack([k for k, _ in stored])
+        values = torch.stack([v for _, v in stored])
+        if own:
+            return keys, values
         for which in ("k_proj", "v_proj"):
             _, _, pairs = _linear(getattr(attention, which))
             for name in agent:

@@ -206,6 +206,52 @@ def test_base_model_and_several_adapters_are_agents_too(device):
     assert graphs.CudaGraph.captures == 3
 
 
+@pytest.mark.parametrize("private", [(1,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("max_cache_len", [None, 300])
+def test_private_layers(device, private, max_cache_len):
+    model = model_on(device)
+
+    def run(cache):
+        text = turns(model, cache, prompt(device), AGENTS)
+        with model.disable_adapter():
+            text = generate(model, text, cache)
+        return turns(model, cache, text, AGENTS[:2])
+
+    captured, eager = both(private_layers=private, max_cache_len=max_cache_len)
+    expected = run(eager)
+    assert torch.equal(run(captured), expected) and len(set(expected[0].tolist())) > 10
+    assert captured.eager_reason is None and graphs.CudaGraph.captures == 4
+    assert graphs.CudaGraph.replays >= 6 * 19 - 4 - 6
+    # In a private layer k_proj and v_proj are computed as any other LoRA layer of such a step, with q_proj.
+    attention = model.get_base_model().model.layers[1].self_attn
+    projections = [id(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj")]
+    for key, step in captured._graphs._steps.items():
+        assert step.products.groups.get(projections[1], []) == (projections if key[0] else [])
+        if key[0]:
+            assert step.products._weights[projections[1]][0] == ("active", projections[1], key[0])
+
+
+def test_private_layers_with_four_rows_and_padding(device):
+    model = model_on(device)
+    ids = prompt(device, rows=4, n=12)
+    mask = torch.ones_like(ids)
+    for row, n in enumerate((0, 3, 7, 1)):
+        mask[row, :n] = 0
+
+    def run(cache):
+        text, seen = ids, mask
+        for agent in (*AGENTS[:2], AGENTS[0]):
+            model.set_adapter(agent)
+            text = generate(model, text, cache, attention_mask=seen)
+            seen = torch.cat((seen, seen.new_ones(4, text.shape[1] - seen.shape[1])), dim=1)
+        return text
+
+    captured, eager = both(private_layers=[0, 2])
+    expected = run(eager)
+    assert torch.equal(run(captured), expected)
+    assert captured.eager_reason is None and graphs.CudaGraph.captures == 2
+
+
 def test_sliding_window_and_loops_without_generate(device):
     model = model_on(device, tiny_mistral, sliding_window=6)
     captured, eager = both(max_cache_len=100)

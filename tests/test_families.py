@@ -93,6 +93,33 @@ def test_families(family, sharing):
         assert_equal_logits(feed(model, tokens(N), cache, sizes), expected, ROUNDING)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "Phi with norms"])
+def test_families_with_private_layers(family):
+    # The last has LayerNorms for its keys, which only a private layer can have a LoRA on.
+    model = build(family.partition(" ")[0], **FAMILIES.get(family, dict(head_dim="absent", qk_layernorm=True)))
+    if family == "Gemma2":
+        model.set_attn_implementation("eager")
+    model = with_adapters(model, {name: lora(**KV, rank_pattern={}, alpha_pattern={}) for name in ("one", "two")})
+    plain = twin(model)
+    for private in ((0, 1),) if family not in FAMILIES else ((0,), (1,), (0, 1)):
+        # Layer 0 is exact without being private.
+        exact = 1 in private
+        cache = SharedLoRACache(private_layers=private)
+        for name, sizes in [("one", [9, 1]), ("two", [2, 1, 1])]:
+            activate(plain, name)
+            activate(model, name)
+            before = cache.trajectory_length
+            ids = tokens(before + sum(sizes))
+            expected = reference(plain, ids)[:, before:]
+            if before:
+                logits(model, ids[:, :before], cache, attention_mask=torch.ones(1, before, dtype=torch.long))
+            actual = feed(model, ids[:, before:], cache, sizes)
+            if exact or not before:
+                assert_equal_logits(actual, expected, ROUNDING)
+            else:
+                assert difference(actual, expected) > ROUNDING
+
+
 @pytest.mark.parametrize("family", ["Gemma2", "GptOss", "Glm", "Qwen3", "Gemma3", "Olmo2"])
 def test_left_padding_in_families(family):
     model = build(family, **FAMILIES[family])

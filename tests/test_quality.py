@@ -14,10 +14,11 @@ import torch.nn.functional as F
 pytest.importorskip("tqdm")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "quality")]
+import pareto  # noqa: E402
 import replay  # noqa: E402
 import what_if  # noqa: E402
 
-from .tiny import activate, agents_model, copy_adapter, reference, tiny_llama, with_adapters  # noqa: E402
+from .tiny import activate, agents_model, copy_adapter, lora, reference, share_a, tiny_llama, with_adapters  # noqa: E402
 
 ROLES = list(replay.ROLES)
 POLICIES = ["non_shared", "fully_shared", "base_shared", "lr_precomputed"]
@@ -149,6 +150,14 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     assert summary["about"]["episodes"] == 2
     assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 2 * 4 * 6
     assert "base_lr_shared" in capsys.readouterr().out
+    private = "base_shared+private:1-2"
+    arguments = ["--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out"), "--sets", "shared_a"]
+    replay.main([*arguments, "--policies", private])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["summary"]["shared_a"]
+    assert list(summary) == ["base_model", "non_shared", private]
+    assert summary[private]["all"]["kept"] == pytest.approx(1) and summary[private]["all"]["texts"] == 3
+    with pytest.raises(SystemExit):
+        replay.main([*arguments, "--policies", "base_shared+private"])
 
 
 def test_simulation_by_hooks_agrees_with_the_cache():
@@ -173,6 +182,38 @@ def test_simulation_by_hooks_agrees_with_the_cache():
         torch.testing.assert_close(nll(simulated, policy), nll(rows, policy), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("layers", ["0", "1", "1-2", "0,2", "0-2"])
+def test_private_layers_agree_with_the_simulation(layers):
+    """K and V of private layers by hooks on plain PEFT, the whole text at every turn, against the cache's."""
+    policy = f"base_shared+private:{layers}"
+    texts = [replay.encode(Letters(), e) for e in (episode(), episode("two", " Twice."))]
+    model = with_adapters(tiny_llama(), ROLES)
+    private = replay.policy_arguments(policy)["private_layers"]
+    simulated = [row for text in texts for row in what_if.simulate(model, text, {policy: dict(private=private)})]
+    rows = [row for text in texts for row in replay.replay(model, text, ["non_shared", policy], chunk=7)]
+    nll = {
+        which: torch.tensor([row["nll"] for row in found if row["policy"] == name], dtype=torch.float64)
+        for which, found, name in [
+            ("simulated", simulated, policy), ("cache", rows, policy), ("exact", rows, "non_shared"),
+        ]
+    }  # fmt: skip
+    torch.testing.assert_close(nll["cache"], nll["simulated"], rtol=0, atol=1e-9)
+    # Layer 0 is exact anyway: the base part of its K and V is that of the embeddings.
+    assert (float((nll["cache"] - nll["exact"]).abs().max()) < 1e-9) == (layers in ("1-2", "0-2"))
+
+
+def test_policies_by_name():
+    arguments = replay.policy_arguments
+    assert arguments("base_shared+private:0,8-10,2") == dict(sharing="base_shared", private_layers=[0, 8, 9, 10, 2])
+    assert arguments("lr_precomputed") == dict(sharing="lr_precomputed") and arguments("non_shared") == {}
+    for name in (
+        "lr_precomputed+private:8-21", "base_shared+private:", "base_shared+private:21-8", "base_shared+private:-3",
+        "base_shared+private:a", "shared", "base_shared+8",
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="policy '" + name.replace("+", r"\+")):
+            arguments(name)
+
+
 def test_the_simulation_script(tmp_path, monkeypatch, capsys):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(episode(n)) for n in ("one", "two")))
     monkeypatch.setattr(what_if, "load", lambda folder, name, dtype, device: (agents_model(ROLES), Letters()))
@@ -182,3 +223,56 @@ def test_the_simulation_script(tmp_path, monkeypatch, capsys):
     assert set(summary) == {"base_model", "non_shared", "base_shared", "neutral", "private 1-1"}
     assert summary["private 1-1"]["all"]["texts"] == 2
     assert "private 1-1" in capsys.readouterr().out
+
+
+def test_costs_are_those_of_the_caches():
+    """Counted from the lengths of turns, against the caches themselves."""
+    config = dict(r=3, rank_pattern={}, alpha_pattern={})
+    model = with_adapters(tiny_llama(), {role: lora(**config) for role in ROLES})
+    share_a(model, ROLES)
+    text = replay.encode(Letters(), episode())
+    text.turns.append(replay.Turn("plan", "", 71, 74))
+    text = replay.Text(text.name, torch.cat((text.ids, text.ids[:, :3]), 1), text.turns)
+    policies = [*replay.POLICIES["shared_a"], "base_shared+private:1", "base_shared+private:0-2"]
+    shape = pareto.Shape(layers=3, width=2 * 2 * 8, rank=2 * 3)
+    caches = replay.replays(model, policies, 7)
+    for turn in text.turns:
+        activate(model, turn.role)
+        for cache in caches.values():
+            cache.turn(turn.role, text.ids, turn.start, turn.stop)
+    for name, cache in caches.items():
+        cost = pareto.cost(text, name, shape)
+        assert cost.tokens == 74 and cost.rerun == cache.run - 74, name
+        stored = cache.memory() if not hasattr(cache, "cache") else 0
+        if not stored:
+            footprint = cache.cache.memory_footprint()
+            stored = footprint["base"] + sum(footprint["low_rank"].values()) + sum(footprint["private"].values())
+        assert cost.numbers * 8 == stored, name
+        assert cost.one_cache * 8 == 74 * 3 * 32 * 8
+
+
+def test_the_pareto_script(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    benchmarks = EXAMPLES.parent / "docs" / "benchmarks"
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(episode(str(n))) for n in range(50)))
+    monkeypatch.setattr(pareto, "load_smollm2", lambda: (tiny_llama(num_hidden_layers=30), Letters()))
+    arguments = ["--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out")]
+    pareto.main(arguments)
+    # What was measured with the cache takes the place of what was simulated before.
+    found = json.loads((tmp_path / "out.json").read_text())["points"]
+    assert sum(p["policy"] == "base_shared+private:8-21" for p in found) == 1 and not any(p["simulated"] for p in found)
+    pareto.main([*arguments, "--replays", str(benchmarks / "quality_dev50.json")])
+    assert (tmp_path / "out.png").stat().st_size > 10000
+    result = json.loads((tmp_path / "out.json").read_text())
+    found = {(p["adapters"], p["policy"], p["episodes"]): p for p in result["points"]}
+    quality = json.loads((benchmarks / "quality_what_if.json").read_text())["12 episodes"]["private 8-21"]["all"]
+    private = found["separate", "base_shared+private:8-21", 12]
+    assert private["kept"] == quality["kept"] and private["simulated"]
+    exact, shared = found["separate", "non_shared", 50], found["separate", "fully_shared", 50]
+    assert exact["kept"] == 1 and exact["rerun_per_token"] == private["rerun_per_token"] > 1 > shared["rerun_per_token"]
+    assert (
+        shared["copies"] == 1 < found["separate", "base_shared", 50]["copies"] < private["copies"] < exact["copies"] < 3
+    )
+    (tmp_path / "data.jsonl").write_text(json.dumps(episode()))
+    with pytest.raises(ValueError, match="measured on 50 episodes, the data has 1"):
+        pareto.main(arguments)

@@ -114,6 +114,18 @@ def test_rerun_tokens_and_memory():
     assert memory["base_lr_shared"] < memory["lr_precomputed"] < memory["non_shared"]
 
 
+def test_private_layers_are_between_base_shared_and_exact():
+    policies = ["non_shared", "base_shared", "base_shared+private:1", "base_shared+private:0-2"]
+    found = report(model_with(), policies=policies).policies
+    assert list(found) == policies
+    exact, shared, some, everything = found.values()
+    assert everything.kl < 1e-12 and everything.top1 == 1.0 and 0 < some.kl < shared.kl
+    assert exact.rerun_tokens == shared.rerun_tokens == some.rerun_tokens == everything.rerun_tokens
+    assert shared.memory_bytes < some.memory_bytes < everything.memory_bytes
+    with pytest.raises(ValueError, match="policy 'lr_precomputed\\+private:1' is unknown"):
+        report(model_with(), policies=["lr_precomputed+private:1"])
+
+
 def test_the_model_is_left_as_it_was():
     model = model_with()
     model.train()
@@ -163,7 +175,7 @@ def test_wrong_arguments_are_named():
     model = model_with()
     with pytest.raises(UnsupportedAdapterError, match=r"\['critic'\] are not loaded"):
         report(model, [("critic", tokens(3)), ("plan", tokens(3))])
-    with pytest.raises(ValueError, match=r"\['best'\] are unknown"):
+    with pytest.raises(ValueError, match="policy 'best' is unknown"):
         report(model, policies=["best"])
     with pytest.raises(ValueError, match="needs tokenizer="):
         report(model, "text")
@@ -202,7 +214,20 @@ def test_command(tmp_path, capsys):
     data = json.loads((tmp_path / "out.json").read_text())
     assert data["adapters"] == ["plan", "act"] and data["tokens"] == 17
     assert (tmp_path / "out.png").stat().st_size > 1000
+    main(
+        [
+            *arguments,
+            *adapters,
+            "--policies",
+            "non_shared",
+            "base_shared+private:1",
+            "--json",
+            str(tmp_path / "out.json"),
+        ]
+    )
+    assert list(json.loads((tmp_path / "out.json").read_text())["policies"]) == ["non_shared", "base_shared+private:1"]
     for wrong, message in (
+        ([*adapters, "--policies", "base_shared+private:x"], "'x' is no layer"),
         (["plan"], "'plan' is not NAME=PATH"),
         ([f"plan={tmp_path / 'nowhere'}"], "nowhere"),
     ):

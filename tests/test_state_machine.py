@@ -36,14 +36,15 @@ new_tokens = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=4)
 class AgentLoop(RuleBasedStateMachine):
     sharing = "base_shared"
     auto = False
+    private = ()
 
     def __init__(self):
         super().__init__()
         model = with_adapters(tiny_llama(num_hidden_layers=2), NAMES)
         share_a(model, NAMES)
         self.model = model
-        self.cache = SharedLoRACache(sharing="auto" if self.auto else self.sharing)
-        self.oracle = LlamaOracle(model, self.sharing, NAMES)
+        self.cache = SharedLoRACache(sharing="auto" if self.auto else self.sharing, private_layers=self.private)
+        self.oracle = LlamaOracle(model, self.sharing, NAMES, self.private)
         # First token that each adapter processed, to know what goes when its content changes.
         self.first: dict[str, int] = {}
         self.fork = None
@@ -179,7 +180,7 @@ class AgentLoop(RuleBasedStateMachine):
     @rule()
     def reset(self):
         self.cache.reset()
-        self.oracle = LlamaOracle(self.model, self.sharing, NAMES)
+        self.oracle = LlamaOracle(self.model, self.sharing, NAMES, self.private)
         self.first = {}
 
     @rule()
@@ -209,15 +210,15 @@ class AgentLoop(RuleBasedStateMachine):
             covered = self.cache.coverage()
             assert {n: covered[n] for n in NAMES} == {n: self.oracle.coverage((n,)) for n in NAMES}
             assert self.cache.get_seq_length() == self.oracle.coverage(self.agent)
-            assert covered["__base__"] == len(ids)
+            assert covered["__base__"] == self.oracle.coverage(())
 
 
-def machine(sharing, auto=False):
+def machine(sharing, auto=False, private=()):
     class Machine(AgentLoop):
         pass
 
-    Machine.sharing, Machine.auto = sharing, auto
-    Machine.__name__ = Machine.__qualname__ = f"AgentLoop_{'auto' if auto else sharing}"
+    Machine.sharing, Machine.auto, Machine.private = sharing, auto, private
+    Machine.__name__ = Machine.__qualname__ = f"AgentLoop_{'auto' if auto else sharing}{'_private' if private else ''}"
     case = Machine.TestCase
     case.settings = settings(
         max_examples=12, stateful_step_count=18, deadline=None, suppress_health_check=list(HealthCheck)
@@ -230,3 +231,4 @@ TestBaseShared = machine("base_shared")
 TestLrPrecomputed = machine("lr_precomputed")
 TestBaseLrShared = machine("base_lr_shared")
 TestAuto = machine("base_lr_shared", auto=True)
+TestPrivateLayer = machine("base_shared", auto=True, private=(1,))

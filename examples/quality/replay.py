@@ -9,7 +9,7 @@ share of the adapter's gain over the base model that is kept, with bootstrap 95 
 
 Data: JSON lines with ``prompt`` and ``turns`` as in ``train_role_adapters.py``; adapters: ``SET/ROLE/`` folders. Beside the sets
 there, ``projected:R`` is ``separate`` rewritten by ``project_to_shared_a`` with rank R. ``--join-tokens N`` joins episodes, in
-order, into texts of at most N tokens.
+order, into texts of at most N tokens. Policies are those of the package; ``base_shared+private:8-21`` has these layers private.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from lora_shared_cache.sharing import (  # noqa: E402
     FullySharedReplay,
     SharedReplay,
     activate,
+    policy_arguments,
 )
 
 POLICIES = {
@@ -217,12 +218,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="episodes as JSON lines")
     parser.add_argument("--adapters", type=Path, default=examples / "adapters", help="folder of SET/ROLE/")
     parser.add_argument("--sets", nargs="+", default=["separate", "shared_a", "projected:16"])
+    parser.add_argument(
+        "--policies", nargs="+", help="non_shared is always one of them; default: those that fit the set"
+    )
     parser.add_argument("--episodes", type=int, help="the first so many only")
     parser.add_argument("--join-tokens", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="folder for scores.jsonl and summary.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args(arguments)
+    for policy in options.policies or ():
+        try:
+            policy_arguments(policy)
+        except ValueError as error:
+            parser.error(str(error))
     options.output.mkdir(parents=True, exist_ok=True)
     episodes = read_episodes(options.data)[: options.episodes]
     summary: dict[str, Any] = {}
@@ -231,9 +240,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model, tokenizer = load(options.adapters, name, getattr(torch, options.dtype), options.device)
             texts = [encode(tokenizer, episode) for episode in episodes]
             texts = join(texts, options.join_tokens) if options.join_tokens else texts
+            policies = tuple(options.policies or POLICIES[name.partition(":")[0]])
+            # The gap and the gain kept are those to the exact caches.
+            policies = policies if EXACT in policies else (EXACT, *policies)
             rows = []
             for text in tqdm(texts, desc=name):
-                for row in replay(model, text, POLICIES[name.partition(":")[0]]):
+                for row in replay(model, text, policies):
                     rows.append(row)
                     file.write(json.dumps(dict(adapters=name, **row)) + "\n")
                 file.flush()
