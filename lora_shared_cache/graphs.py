@@ -9,6 +9,7 @@ captured for is compared: storage, adapters, weights. What can't be captured run
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ _OWN_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_value
 _KNOWN_HOOKS = ("transformers.utils.output_capturing", "transformers.utils.generic")
 
 
+_capture_lock = threading.Lock()
 _all_graphs: weakref.WeakSet[DecodeGraphs] = weakref.WeakSet()
 
 
@@ -63,7 +65,8 @@ class CudaGraph:
 
     def __init__(self, run: Callable[[], Any], pool: Any):
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        # PyTorch captures on one stream, whichever thread asks.
+        with _capture_lock, torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._out = run()
 
     def replay(self) -> Any:
@@ -197,9 +200,9 @@ class DecodeGraphs:
         if not self.enabled or step.ran_with != self._weights:
             # The first step only runs: what libraries and kernels load or compile, and what is made of the adapters' weights,
             # must not come to be in a capture.
-            step.graph, step.ran_with = None, self._weights
+            step.graph, step.ran_with = None, ()
             out = self._attempt(key, lambda: self._static_pass(now, arguments, step))
-            step.rope_keys = tuple(now.rope_lengths)
+            step.rope_keys, step.ran_with = tuple(now.rope_lengths), self._weights
         else:
             if step.graph is None or fingerprint != step.fingerprint:
                 self._capture(key, step, now, arguments)
@@ -244,9 +247,8 @@ class DecodeGraphs:
             # another cause, the step that is run instead raises it again.
             cause: BaseException = error
             while cause.__context__ is not None:
-                cause = (
-                    cause.__context__
-                )  # that a capture failed is said by another error after the one that made it fail
+                # That a capture has failed is said by another error after the one that made it fail.
+                cause = cause.__context__
             text = str(cause).splitlines()[0] if str(cause) else repr(cause)
             self._refuse(key, f"the model can't be captured: {text}", error)
 

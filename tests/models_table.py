@@ -21,6 +21,7 @@ import transformers
 from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from lora_shared_cache import SharedLoRACache, UnsupportedAdapterError, UnsupportedModelError, detach
 
@@ -58,13 +59,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "smollm3": dict(no_rope_layers=[1, 0], use_sliding_window=False),
     "glm4_moe": dict(use_qk_norm=True),
     "mistral": dict(sliding_window=6),
+    "qwen3_next": dict(layer_types=["linear_attention", "full_attention"]),
     "falcon_h1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8),
 }
 _LATENT = dict(
     kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=2
 )
-SETTINGS |= {name: _LATENT for name in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "longcat_flash", "glm4_moe_lite")}
-NO_HEAD_SIZE = {
+LATENT = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "longcat_flash", "glm4_moe_lite"}
+SETTINGS |= {name: _LATENT for name in LATENT}
+NO_HEAD_SIZE = LATENT | {
     "phi",
     "stablelm",
     "cohere",
@@ -101,7 +104,7 @@ def verdict(model_type: str) -> dict[str, Any]:
         model = finish(model, torch.float32)
     except Exception as error:  # whatever a config of another shape raises: it is not what is tested
         return row | dict(status="not tried", message=f"no tiny config: {type(error).__name__}")
-    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
     found = [m for _, m in model.named_modules() if isinstance(getattr(m, "layer_idx", None), int)]
     row["attention"] = sorted({type(m).__name__ for m in found if "attention" in type(m).__name__.lower()})
     targets = [n for n in ("q_proj", "k_proj", "v_proj") if n in names]
