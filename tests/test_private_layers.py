@@ -353,6 +353,25 @@ def test_a_retrained_adapter_runs_again_what_its_old_weights_wrote():
         assert_equal_logits(actual, expected[-actual.shape[0] :])
 
 
+def test_an_adapter_loaded_later_has_run_nothing_and_the_others_keep_theirs():
+    model = with_adapters(tiny_llama(), ["plan", "act"])
+    cache, ids = SharedLoRACache(private_layers=[1, 2]), tokens(20)
+    oracle = LlamaOracle(model, "base_shared", ["plan", "act"], (1, 2))
+    for name, stop in [("plan", 6), (None, 8)]:
+        oracle.turn(agent_of(name), ids[0, :stop].tolist())
+        take_turn(model, cache, name, ids[:, :stop])
+    take_turn(model, cache, "plan", ids[:, :9])
+    oracle.turn(("plan",), ids[0, :9].tolist())
+    model.add_adapter("reflect", lora())
+    fill_adapter(model, "reflect", 2)
+    model.eval()
+    assert cache.coverage() == {"__base__": 8, "plan": 9, "act": 0, "reflect": 0}
+    oracle.names = NAMES
+    for name, stop in [("reflect", 11), (None, 11), ("plan", 13)]:
+        expected = oracle.turn(agent_of(name), ids[0, :stop].tolist())
+        assert_equal_logits(take_turn(model, cache, name, ids[:, :stop])[-len(expected) :], expected)
+
+
 def test_a_change_without_k_and_v_is_noticed():
     configs = {"plan": lora(), "act": lora(target_modules=["o_proj"])}
     model = with_adapters(tiny_llama(), configs)
