@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, PhiConfig, PhiForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lora_shared_cache import SharedCacheError, SharedLoRACache, UnsupportedAdapterError, UnsupportedModelError, attach
 
@@ -412,10 +412,24 @@ def test_dora_needs_all_its_layers_private():
 
 
 def test_keys_that_the_model_normalises():
+    """RMS norms are split on layers that are not private, and are PEFT's own on those that are."""
     model = finish(Qwen3ForCausalLM(Qwen3Config(**SHAPE)), torch.float64)
     model = with_adapters(model, NAMES)
     own, ids = OwnCaches(model), tokens(16)
-    with pytest.raises(UnsupportedModelError, match="layers.1.*normalised"):
+    expected = own.turn("plan", ids)[0]
+    for private in ([], [1], [0, 2], ALL):
+        cache = SharedLoRACache(private_layers=private)
+        parts = [take_turn(model, cache, "plan", ids[:, :stop]) for stop in (9, 10, 11, 16)]
+        assert_equal_logits(torch.cat([part[-n:] for part, n in zip(parts, (9, 1, 1, 5), strict=True)]), expected)
+
+
+def test_norms_of_keys_that_can_not_be_split():
+    """LayerNorms with a bias: private layers do without a split."""
+    shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
+    model = finish(PhiForCausalLM(PhiConfig(**shape, qk_layernorm=True)), torch.float64)
+    model = with_adapters(model, NAMES)
+    own, ids = OwnCaches(model), tokens(16)
+    with pytest.raises(UnsupportedModelError, match=r"layers.1.*PhiAttention"):
         take_turn(model, SharedLoRACache(private_layers=[0, 2]), "plan", ids)
     cache = SharedLoRACache(private_layers=ALL)
     for name, stop in [("plan", 5), ("act", 9), (None, 9), ("plan", 16)]:
