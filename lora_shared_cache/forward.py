@@ -184,12 +184,7 @@ class LayerPass:
         if not pending:
             return
         key = ("down", x.device, self.layer.layer_idx, which, tuple(entry for entry, _ in pending))
-        attachment = now.attachment
-
-        def current() -> Any:
-            return attachment.cached_weights(key, lambda: _down_plan(module, [entry for entry, _ in pending]))
-
-        plan = current()
+        plan = now.attachment.cached_weights(key, lambda: _down_plan(module, [entry for entry, _ in pending]))
         if plan is None:
             return
         weight, parts = plan
@@ -198,7 +193,7 @@ class LayerPass:
         if now.products is None:
             a = F.linear(x[:, first - now.start :].to(weight.dtype), weight)
         else:
-            a = now.products.down(module, key, lambda: current()[0], x)
+            a = now.products.down(module, weight, x)
         dtype = now.cache.low_rank_dtype or dtype
         column = 0
         for (entry, start), (rank, ones) in zip(pending, parts, strict=True):
@@ -310,8 +305,7 @@ class LayerPass:
         if backend is None and not query.is_cuda:
             backend = "reference"
         gain = delta_gain = None
-        if key_low_rank is not None and key_up is not None and layout.key_norm is not None:
-            key_up = layout.key_norm.scaled(key_up)
+        if key_low_rank is not None and layout.key_norm is not None:
             gain, delta_gain = (self._gains(which, key.shape[1]) for which in ("gain", "delta_gain"))
         keeps_expanded = backend == "reference" and query.device.type == "cpu" and slot is None
         if key_low_rank is not None and key_up is not None and keeps_expanded:
@@ -357,17 +351,27 @@ class LayerPass:
             if not names_here or entry.gains:
                 continue
             entries.append(self.storage.entries[entry.key][which].view(now.seen))
-            ups.append(self._up(which, module, entry, names_here))
+            ups.append(self._up(which, module, entry, names_here, normed=which == "k_proj"))
         if not entries:
             return None, None
         if len(entries) == 1:
             return entries[0], ups[0]
         return torch.cat(entries, dim=-1), torch.cat(ups, dim=-2)
 
-    def _up(self, which: str, module: Any, entry: Entry, names: tuple[str, ...]) -> torch.Tensor:
-        """The up-projections (Hk, r, D) of adapters ``names`` that read an entry, kept while the weights stay as they are."""
-        key = ("up", module.lora_A[names[0]].weight.device, self.layer.layer_idx, which, entry, names)
-        compute = partial(_up_projection, module, entry, names, self.layer.head_dim)
+    def _up(self, which: str, module: Any, entry: Entry, names: tuple[str, ...], normed: bool = False) -> torch.Tensor:
+        """The up-projections (Hk, r, D) of adapters ``names`` that read an entry, kept while the weights stay as they are.
+
+        Args:
+            normed: times the weight of the norm that keys may have.
+        """
+        norm = self.layer.layout.key_norm if normed and self.layer.layout is not None else None
+        device = module.lora_A[names[0]].weight.device
+        key = ("up", device, self.layer.layer_idx, which, entry, names, norm is not None)
+
+        def compute() -> torch.Tensor:
+            up = _up_projection(module, entry, names, self.layer.head_dim)
+            return up if norm is None else norm.scaled(up)
+
         return cast(torch.Tensor, self.forward_pass.attachment.cached_weights(key, compute))
 
     def _gains(self, which: str, heads: int) -> torch.Tensor:

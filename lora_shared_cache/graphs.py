@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from transformers.utils import ModelOutput
 
 from .attachment import Attachment, call_original
 from .attention import attention_backend
@@ -200,6 +201,8 @@ class DecodeGraphs:
         if not self.enabled or step.ran_with != self._weights:
             # The first step only runs: what libraries and kernels load or compile, and what is made of the adapters' weights,
             # must not come to be in a capture.
+            if step.ran_with != self._weights:
+                step.products = DownProducts(now.attachment)
             step.graph, step.ran_with = None, ()
             out = self._attempt(key, lambda: self._static_pass(now, arguments, step))
             step.rope_keys, step.ran_with = tuple(now.rope_lengths), self._weights
@@ -211,7 +214,7 @@ class DecodeGraphs:
             step.served += 1
         step.fingerprint, step.allocations = fingerprint, allocations()
         self._device_at = now.stop
-        return self._fresh(out)
+        return self._fresh(key, out)
 
     def _static_pass(self, now: ForwardPass, arguments: dict[str, Any], step: _Step) -> Any:
         now.slot, now.products = step.slot, step.products
@@ -257,14 +260,16 @@ class DecodeGraphs:
         self._steps.pop(key, None)
         raise CannotCapture(reason) from error
 
-    def _fresh(self, out: Any) -> Any:
+    def _fresh(self, key: tuple, out: Any) -> Any:
         """The decoder's output, in tensors that the next step leaves alone."""
+        if not isinstance(out, ModelOutput):
+            self._refuse(key, f"the model returns a {type(out).__name__}, not a ModelOutput")
         fields = {}
         for name, value in out.items():
             if isinstance(value, torch.Tensor):
                 value = value.clone()
             elif value is not None and value is not self.cache:
-                raise CannotCapture(f"the model returns {name}, which is not a tensor")
+                self._refuse(key, f"the model returns {name}, which is not a tensor")
             fields[name] = value
         return type(out)(**fields)
 

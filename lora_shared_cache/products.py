@@ -6,7 +6,7 @@ else goes PEFT's own way. The same sums: ``W x + s B (A x)``, with one rounding 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class DownProducts:
-    """The down-projections ``A x`` of one decode step, as its first run showed them.
+    """The down-projections ``A x`` of one decode step, as its first run showed them; for as long as the weights are the same.
 
     Attributes:
-        attachment: keeps the stacked weights for as long as they are valid.
-        groups: by module, the modules that read the same input, in their order.
+        attachment: keeps weights that are made of several adapters'.
+        groups: by module, the modules that read the same input, in their order, with their weights.
     """
 
     attachment: Attachment
-    groups: dict[int, list[int]] = field(default_factory=dict)
+    groups: dict[int, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
+    _stacked: dict[int, tuple[torch.Tensor, list[int]]] = field(default_factory=dict)
     _learned: bool = False
-    _weights: dict[int, tuple[Hashable, Callable[[], torch.Tensor]]] = field(default_factory=dict)
     _input: torch.Tensor | None = None
-    _members: list[int] = field(default_factory=list)
+    _group: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     _result: torch.Tensor | None = None
 
     def finish(self) -> None:
@@ -42,22 +42,22 @@ class DownProducts:
             self._learned = True
             # Not while a step is captured: the memory would be the graph's.
             for group in {id(g): g for g in self.groups.values()}.values():
-                self._stacked(group)
+                weights = [weight.detach() for _, weight in group]
+                if len(group) > 1 and len({(w.dtype, w.device) for w in weights}) == 1:
+                    firsts = [0, *itertools.accumulate(w.shape[0] for w in weights)]
+                    self._stacked[id(group)] = torch.cat(weights), firsts
         self._input = self._result = None
 
     def restart(self) -> None:
         """A step begins."""
         self._input = self._result = None
 
-    def down(
-        self, module: nn.Module, key: Hashable, weight: Callable[[], torch.Tensor], x: torch.Tensor
-    ) -> torch.Tensor:
-        """``weight() @ x``, together with that of all modules that read the same ``x``.
+    def down(self, module: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``weight @ x``, together with that of all modules that read the same ``x``.
 
         Args:
             module: who asks; it asks once per step.
-            key: identifies the weight.
-            weight: gives the weight (r, in_features) as it is now.
+            weight: (r, in_features).
             x: (B, 1, in_features), the very tensor that the others were given.
 
         Returns:
@@ -66,38 +66,19 @@ class DownProducts:
         me = id(module)
         if not self._learned:
             if x is not self._input:
-                self._input, self._members = x, []
-            self._members.append(me)
-            self.groups[me] = self._members
-            self._weights[me] = (key, weight)
+                self._input, self._group = x, []
+            self._group.append((me, weight))
+            self.groups[me] = self._group
+            return F.linear(x.to(weight.dtype), weight)
         group = self.groups.get(me, [])
-        stacked = self._stacked(group) if self._learned and me in group and self._weights[me][0] == key else None
+        stacked = self._stacked.get(id(group))
         if stacked is None:
-            own = weight()
-            return F.linear(x.to(own.dtype), own)
+            return F.linear(x.to(weight.dtype), weight)
         joint, firsts = stacked
-        if x is not self._input or self._result is None or group is not self._members:
-            self._input, self._members, self._result = x, group, F.linear(x.to(joint.dtype), joint)
-        position = group.index(me)
+        if x is not self._input or self._result is None or group is not self._group:
+            self._input, self._group, self._result = x, group, F.linear(x.to(joint.dtype), joint)
+        position = [other for other, _ in group].index(me)
         return self._result[..., firsts[position] : firsts[position + 1]]
-
-    def _stacked(self, group: list[int]) -> tuple[torch.Tensor, list[int]] | None:
-        """The weights of a group below each other and where each begins, or None: they are of different kinds, or one."""
-        if len(group) < 2:
-            return None
-        members = [self._weights[other] for other in group]
-
-        def compute() -> tuple[torch.Tensor, list[int]] | bool:
-            weights = [weight().detach() for _, weight in members]
-            if len({(w.dtype, w.device) for w in weights}) > 1:
-                return False
-            firsts = [0]
-            for w in weights:
-                firsts.append(firsts[-1] + w.shape[0])
-            return torch.cat(weights), firsts
-
-        key = ("stacked", tuple((other, key) for other, (key, _) in zip(group, members, strict=True)))
-        return self.attachment.cached_weights(key, compute) or None
 
 
 # Classes of a layer and its base, and no subclasses of them: those compute something else.
@@ -136,15 +117,12 @@ def linear_with_adapters(module: Any, names: list[str], x: torch.Tensor, product
     out = module.base_layer(x)
     if not names:
         return out
-    key = ("active", id(module), tuple(names))
-
-    def weight() -> torch.Tensor:
-        weights = [module.lora_A[name].weight for name in names]
-        if len(weights) == 1:
-            return weights[0]
-        return products.attachment.cached_weights(key, lambda: torch.cat([w.detach() for w in weights]))
-
-    a = products.down(module, key, weight, x)
+    weights = [module.lora_A[name].weight for name in names]
+    weight = weights[0]
+    if len(weights) > 1:
+        key = ("active", id(module), tuple(names))
+        weight = products.attachment.cached_weights(key, lambda: torch.cat([w.detach() for w in weights]))
+    a = products.down(module, weight, x)
     first = 0
     for name in names:
         up, scaling = module.lora_B[name].weight, module.scaling[name]

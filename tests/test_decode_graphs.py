@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from lora_shared_cache import SharedLoRACache, attach, detach, graphs
 from lora_shared_cache.errors import SharedCacheError
+from lora_shared_cache.scopes import forward_scope
 
 from .conftest import emulate_graphs
 from .tiny import VOCAB, fill_adapter, tiny_llama, tiny_mistral, with_adapters
@@ -226,9 +227,11 @@ def test_private_layers(device, private, max_cache_len):
     attention = model.get_base_model().model.layers[1].self_attn
     projections = [id(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj")]
     for key, step in captured._graphs._steps.items():
-        assert step.products.groups.get(projections[1], []) == (projections if key[0] else [])
+        group = step.products.groups.get(projections[1], [])
+        assert [module for module, _ in group] == (projections if key[0] else [])
         if key[0]:
-            assert step.products._weights[projections[1]][0] == ("active", projections[1], key[0])
+            # The active adapter's own A, not those of all whose entries would be written.
+            assert group[1][1] is attention.k_proj.lora_A[key[0][0]].weight
 
 
 def test_private_layers_with_four_rows_and_padding(device):
@@ -429,6 +432,29 @@ def test_a_model_that_asks_the_device_for_a_number(device, caplog, monkeypatch):
     fresh = SharedLoRACache(cuda_graphs=False)
     ids = turns(model, fresh, prompt(device), ["plan", "plan"], new=6)
     assert torch.equal(cache.token_ids, ids[:, :-1])
+
+
+@pytest.mark.parametrize("returns", [tuple, dict])
+def test_outputs_that_are_not_known(device, caplog, monkeypatch, returns):
+    """A tuple, or a field that is no tensor: said once, and no step runs twice after that."""
+    model = model_on(device)
+    decoder = type(model.get_base_model().model)
+    original, runs = decoder.forward, []
+
+    def forward(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        runs.append(1)
+        if returns is dict:
+            out["hidden_states"] = (out.last_hidden_state,)
+            return out
+        return out if forward_scope.get() is None or forward_scope.get().slot is None else out.to_tuple()
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    cache = SharedLoRACache()
+    message = refusal(model, cache, caplog)
+    assert "the model returns" in message
+    # Two turns of six tokens, of which the first step was tried and run again.
+    assert len(runs) == 13
 
 
 def test_storage_that_changes_at_every_step_is_given_up(device, caplog):
