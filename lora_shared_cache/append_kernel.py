@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from flash_lora_attention.sizes import next_power_of_2
+
 
 @triton.jit
 def _append_kernel(  # type: ignore[no-untyped-def]
@@ -40,5 +42,5 @@ def append_token_kernel(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor, 
         tuple(t.stride(0) for t in targets), tuple(t.stride(1) for t in targets), tuple(t.stride(2) for t in targets),
         tuple(s.stride(0) for s in sources), tuple(s.stride(1) for s in sources),
         N=len(jobs), HEADS=heads, WIDTHS=widths,
-        BLOCKS=tuple(triton.next_power_of_2(h * w) for h, w in zip(heads, widths, strict=True)),
+        BLOCKS=tuple(next_power_of_2(h * w) for h, w in zip(heads, widths, strict=True)),
     )  # fmt: skip

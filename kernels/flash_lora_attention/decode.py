@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_wait
 from .fold import fold_queries, folded_scores, low_rank_scores, side_by_side
 from .inputs import Inputs, launch
 from .merge_kernel import launches_dependents, merge_partials
+from .sizes import cdiv, next_power_of_2
 from .tiles import LOG2_E, aligned, log2_softcap, pair_columns, prefetch_rows, visible_range
 from .tuning import DecodeConfig, ScoresConfig, num_sms
 
@@ -328,7 +329,7 @@ def split_kv_kernel(
 def _split_count(programs: int, keys: int, config: DecodeConfig, device: torch.device) -> int:
     """Splits that fill the device once, each with a few tiles; from shapes alone, so that nothing waits for the GPU."""
     wanted = max(1, (num_sms(device) * config.programs_per_sm) // programs)
-    return max(1, min(wanted, triton.cdiv(keys, config.block_n * config.min_tiles), 128))
+    return max(1, min(wanted, cdiv(keys, config.block_n * config.min_tiles), 128))
 
 
 def _one_trunk(x: Inputs) -> bool:
@@ -351,10 +352,10 @@ def rows_per_program(x: Inputs, config: DecodeConfig, fused: bool = True) -> int
     """
     if not _one_trunk(x):
         return 1
-    columns = triton.next_power_of_2(x.G * x.S)
-    fit = min(config.max_rows, config.block_m_rows // columns, 128 // triton.next_power_of_2(x.rv))
+    columns = next_power_of_2(x.G * x.S)
+    fit = min(config.max_rows, config.block_m_rows // columns, 128 // next_power_of_2(x.rv))
     if fused and x.key_low_rank is not None:
-        fit = min(fit, config.max_folded // (columns * triton.next_power_of_2(x.rk)))
+        fit = min(fit, config.max_folded // (columns * next_power_of_2(x.rk)))
     rows = 1
     while rows * 2 <= fit and rows < x.B:
         rows *= 2
@@ -368,10 +369,10 @@ def _same_entries(low_rank: torch.Tensor | None, adapter_index: torch.Tensor | N
 
 def _scores_ahead(x: Inputs, config: DecodeConfig, scores: ScoresConfig) -> bool:
     """Whether the low-rank scores are computed ahead: rows of one trunk, so many that fused ones would read it several times."""
-    columns = triton.next_power_of_2(x.S * x.G)
+    columns = next_power_of_2(x.S * x.G)
     if x.key_low_rank is None or x.B < scores.min_rows or not _one_trunk(x) or x.sliding_window is not None:
         return False
-    if columns > config.max_block_m or columns * triton.next_power_of_2(x.rk) > scores.max_folded:
+    if columns > config.max_block_m or columns * next_power_of_2(x.rk) > scores.max_folded:
         return False
     return rows_per_program(x, config) < rows_per_program(x, config, fused=False)
 
@@ -391,7 +392,7 @@ def split_kv_attention(
         out (B, Hq, S, D) in the dtype of the query, lse (B, Hq, S) float32.
     """
     columns = x.S * x.G
-    block_c = min(config.max_block_m, triton.next_power_of_2(columns))  # of each row
+    block_c = min(config.max_block_m, next_power_of_2(columns))  # of each row
     e, scores_keys = None, 0
     if scores is not None and _scores_ahead(x, config, scores):
         e = low_rank_scores(x, scores, block_c, not _same_entries(x.key_low_rank, x.adapter_index))
@@ -399,8 +400,8 @@ def split_kv_attention(
     rows = rows_per_program(x, config)
     shared_delta = rows == 1 or all(_same_entries(a, x.adapter_index) for a in (x.key_low_rank, x.value_low_rank))
     delta_rows = 1 if shared_delta else rows
-    num_m = triton.cdiv(columns, block_c)
-    groups = triton.cdiv(x.B, rows)
+    num_m = cdiv(columns, block_c)
+    groups = cdiv(x.B, rows)
     programs = x.Hk * num_m * groups
     if num_splits is None:
         num_splits = _split_count(programs, x.visible_keys, config, x.query.device)
@@ -409,7 +410,7 @@ def split_kv_attention(
     out = torch.empty((*shape, x.D), dtype=torch.float32 if partial else x.query.dtype, device=x.query.device)
     lse = torch.empty(shape, dtype=torch.float32, device=x.query.device)
     # The folded product has at least 16 columns.
-    block_rk = max(triton.next_power_of_2(x.rk), 16 // min(16, rows * block_c))
+    block_rk = max(next_power_of_2(x.rk), 16 // min(16, rows * block_c))
     folded = rows * block_c * block_rk <= config.max_folded
     if not folded:
         block_rk = max(16, block_rk)
@@ -417,7 +418,7 @@ def split_kv_attention(
     if folded and block_m == rows * block_c and x.key_low_rank is not None:
         # Room to spare: else the compiler computes the whole softmax in the layout of the folded sums, every value many times.
         block_m *= 2
-    pad_rv = max(16, triton.next_power_of_2(x.rv))
+    pad_rv = max(16, next_power_of_2(x.rv))
     block_rv = delta_rows * pad_rv
     if x.query.dtype != torch.float32 and config.block_n >= 64:
         # Hopper's wgmma takes 64 rows at least; with fewer, P a_v would fall back to mma.sync, in another layout.

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .inputs import Inputs, alignments
 from .merge_kernel import merge_partials
+from .sizes import cdiv, next_power_of_2
 from .tiles import aligned, pair_columns
 from .tuning import DispatchConfig, ExpandConfig, num_sms
 
@@ -183,7 +184,7 @@ def expand(x: Inputs, length: int, config: ExpandConfig, with_value: bool = True
     if x.value_low_rank is not None and with_value:
         out_v = torch.empty(shape, dtype=x.query.dtype, device=x.query.device)
     if (out_k is not None or out_v is not None) and length and x.B:
-        num_t = triton.cdiv(length, config.block_t)
+        num_t = cdiv(length, config.block_t)
         # All heads in one program, as long as there are enough programs.
         num_groups = max(1, min(x.Hk, num_sms(x.query.device) * config.programs_per_sm // (x.B * num_t)))
         value_low_rank = x.value_low_rank if with_value else None
@@ -199,10 +200,10 @@ def expand(x: Inputs, length: int, config: ExpandConfig, with_value: bool = True
             HK=x.Hk, D=x.D, RK=x.rk, RV=x.rv, ROTARY=x.rotary_dim, INTERLEAVED=x.rotary_interleaved,
             PER_ADAPTER=x.low_rank_per_adapter and x.adapter_index is not None,
             **alignments(x),
-            BLOCK_T=config.block_t, BLOCK_D=max(16, triton.next_power_of_2(x.D)),
-            BLOCK_P=max(16, triton.next_power_of_2(x.D // 2)),
-            CHUNK_RK=min(64, max(16, triton.next_power_of_2(x.rk))),
-            CHUNK_RV=min(64, max(16, triton.next_power_of_2(x.rv))),
+            BLOCK_T=config.block_t, BLOCK_D=max(16, next_power_of_2(x.D)),
+            BLOCK_P=max(16, next_power_of_2(x.D // 2)),
+            CHUNK_RK=min(64, max(16, next_power_of_2(x.rk))),
+            CHUNK_RV=min(64, max(16, next_power_of_2(x.rv))),
             # Above a rank of 64 the up-projections are read within the loop, and pipelined would not fit into shared memory.
             PRECISION="ieee", STAGES=config.num_stages if max(x.rk, x.rv) <= 64 else 1, num_warps=config.num_warps,
         )  # fmt: skip
@@ -256,7 +257,7 @@ def _efficient(query, key, value, is_causal: bool, scale: float) -> tuple[torch.
 def _bucket(n: int) -> int:
     """The next length of five significant bits and whole 64s: cuDNN builds a plan per shape, so shapes must be few."""
     unit = max(64, 1 << max(0, n.bit_length() - 5))
-    return triton.cdiv(n, unit) * unit
+    return cdiv(n, unit) * unit
 
 
 def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
@@ -324,7 +325,7 @@ def sdpa_attention(
             parts += [_efficient(query, key[:, :, past:], value[:, :, past:], True, scale)]
     else:
         if num_splits is None:
-            tiles = triton.cdiv(S, 128) * x.B * x.Hk * x.G
+            tiles = cdiv(S, 128) * x.B * x.Hk * x.G
             num_splits = 1
             while x.B == 1 and 2 * num_splits * tiles <= num_sms(query.device) and num_splits * 2048 <= past:
                 num_splits *= 2

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .inputs import Inputs, launch
 from .merge_kernel import launches_dependents, merge_partials
+from .sizes import cdiv, next_power_of_2
 from .tiles import LOG2_E, aligned, log2_softcap, pair_columns, visible_range
 from .tuning import ExtendConfig, num_sms
 
@@ -276,16 +277,16 @@ def extend_attention(
     Returns:
         out (B, Hq, S, D) in the dtype of the query, lse (B, Hq, S) float32.
     """
-    num_m = triton.cdiv(x.S * x.G, config.block_m)
+    num_m = cdiv(x.S * x.G, config.block_m)
     programs = x.Hk * num_m * x.B
     if num_splits is None:
         wanted = num_sms(x.query.device) * config.programs_per_sm // programs
-        num_splits = max(1, min(wanted, triton.cdiv(x.visible_keys, config.block_n * config.min_tiles), 32))
+        num_splits = max(1, min(wanted, cdiv(x.visible_keys, config.block_n * config.min_tiles), 32))
     partial = num_splits > 1
     shape = (num_splits, x.B, x.Hk * x.G, x.S)
     out = torch.empty((*shape, x.D), dtype=torch.float32 if partial else x.query.dtype, device=x.query.device)
     lse = torch.empty(shape, dtype=torch.float32, device=x.query.device)
-    block_rk, block_rv = (max(16, triton.next_power_of_2(r)) for r in (x.rk, x.rv))
+    block_rk, block_rv = (max(16, next_power_of_2(r)) for r in (x.rk, x.rv))
     # Maxima of unscaled scores are those of the scaled ones.
     float_mask = x.attention_mask is not None and x.attention_mask.is_floating_point()
     raw = x.scale > 0 and x.softcap is None and not float_mask

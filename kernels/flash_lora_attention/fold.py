@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .inputs import Inputs, launch
+from .sizes import cdiv, next_power_of_2
 from .tiles import aligned, pair_columns
 from .tuning import ScoresConfig, num_sms
 
@@ -213,13 +214,13 @@ def low_rank_scores(x: Inputs, config: ScoresConfig, columns: int, per_row: bool
     Returns:
         (B, Hk, T, columns) float32, the head fastest in a column; T ends with the longest row where the host knows it.
     """
-    rows = max(1, min(triton.next_power_of_2(x.B), config.max_folded // (columns * triton.next_power_of_2(x.rk))))
+    rows = max(1, min(next_power_of_2(x.B), config.max_folded // (columns * next_power_of_2(x.rk))))
     # The folded product has at least 16 columns.
-    block_rk = max(triton.next_power_of_2(x.rk), 16 // min(16, rows * columns))
+    block_rk = max(next_power_of_2(x.rk), 16 // min(16, rows * columns))
     keys = x.visible_keys
-    groups = triton.cdiv(x.B, rows)
+    groups = cdiv(x.B, rows)
     wanted = max(1, num_sms(x.query.device) * config.programs_per_sm // (x.Hk * groups))
-    num_splits = max(1, min(wanted, triton.cdiv(keys, config.block_n)))
+    num_splits = max(1, min(wanted, cdiv(keys, config.block_n)))
     out = torch.empty((x.B, x.Hk, keys, columns), dtype=torch.float32, device=x.query.device)
     launch(
         low_rank_scores_kernel,

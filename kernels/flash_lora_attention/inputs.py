@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
 from triton.runtime.errors import OutOfResources
 
 from .arguments import Problem
 from .rope import half_width
+from .sizes import next_power_of_2
 
 
 @dataclass
@@ -232,7 +232,7 @@ def launch(
         FLOAT_MASK=x.attention_mask is not None and x.attention_mask.is_floating_point(),
         PER_ADAPTER=x.low_rank_per_adapter and x.adapter_index is not None,
         C_WIDTH=0 if x.cos is None else x.cos.shape[-1], **alignments(x),
-        BLOCK_D=max(16, triton.next_power_of_2(x.D)), BLOCK_P=max(16, triton.next_power_of_2(x.D // 2)),
+        BLOCK_D=max(16, next_power_of_2(x.D)), BLOCK_P=max(16, next_power_of_2(x.D // 2)),
         PRECISION=config.precision if x.query.dtype == torch.float32 else "ieee",
         **meta,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from .sizes import cdiv, next_power_of_2
 from .tuning import num_sms
 
 
@@ -74,11 +75,11 @@ def merge_partials(
     if rows:
         # Launched while the parts are still being written, it waits for them on the device.
         dependent = launches_dependents(out.device)
-        block_s = min(32, triton.next_power_of_2(parts))
-        block_d = triton.next_power_of_2(D)
+        block_s = min(32, next_power_of_2(parts))
+        block_d = next_power_of_2(D)
         # Some 4,096 elements in flight per program, as long as there are programs for the whole device.
-        block_r = triton.next_power_of_2(max(1, min(4096 // (block_s * block_d), rows // (2 * num_sms(out.device)))))
-        merge_kernel[(triton.cdiv(rows, block_r),)](
+        block_r = next_power_of_2(max(1, min(4096 // (block_s * block_d), rows // (2 * num_sms(out.device)))))
+        merge_kernel[(cdiv(rows, block_r),)](
             out, lse, sinks, merged, total, parts, rows, S, HQ=Hq, D=D, BLOCK_D=block_d, BLOCK_R=block_r,
             BLOCK_S=block_s, DEPENDENT=dependent, num_warps=4, **({"launch_pdl": True} if dependent else {}),
         )  # fmt: skip

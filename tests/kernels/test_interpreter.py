@@ -224,3 +224,13 @@ def test_merge_states_is_attention_over_the_union(sinks):
     from flash_lora_attention.merge_kernel import merge_partials
 
     check(*merge_partials(out, lse, q.dtype, sink), qkv, {**a, "sinks": sink} if sinks else a)
+
+
+def test_sizes_are_tritons():
+    import triton
+
+    from flash_lora_attention.sizes import cdiv, next_power_of_2
+
+    for n in (*range(1, 70), 4095, 4096, 4097, 1 << 20):
+        assert next_power_of_2(n) == triton.next_power_of_2(n)
+        assert [cdiv(n - 1, y) for y in (1, 3, 64)] == [triton.cdiv(n - 1, y) for y in (1, 3, 64)]
