@@ -23,17 +23,43 @@ from .errors import UnsupportedAdapterError
 BASE_MODEL = "__base__"
 
 Agent = tuple[str, ...]
-"""The active adapters, sorted; the empty tuple is the base model."""
+"""The active adapters, sorted; the empty tuple is the base model. See :func:`agent_of_rows` for batches with several."""
+
+# First in an agent whose rows have adapters of their own. No adapter can have this name: torch.nn.ModuleDict refuses dots.
+_ROWS = "rows."
 
 # Initialisations that move a part of the base weight into the adapter: with such an adapter, and any other, PEFT's base
 # model is no longer the base of both.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
+# Arguments of PEFT's LoRA layers that must not reach the base layer, and the hooks that bring them.
+PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
 _PEFT_HOOKS = ("_adapter_names_pre_forward_hook", "_alora_offsets_pre_forward_hook")
 
 
+def agent_of_rows(names: Sequence[str]) -> Agent:
+    """The agent of a batch whose rows have the adapters ``names``, "__base__" for none: an ordinary one if all have the same."""
+    if len(set(names)) > 1:
+        return (_ROWS, *names)
+    return tuple(name for name in names[:1] if name != BASE_MODEL)
+
+
+def rows_of(agent: Agent) -> tuple[str, ...] | None:
+    """The adapter of each row ("__base__": none), or None: all rows have the same."""
+    return agent[1:] if agent[:1] == (_ROWS,) else None
+
+
+def names_in(agent: Agent) -> Agent:
+    """The names of the agent's adapters, sorted."""
+    rows = rows_of(agent)
+    return agent if rows is None else tuple(sorted({*rows} - {BASE_MODEL}))
+
+
 def agent_name(agent: Agent) -> str:
-    """The agent as a text: "plan", "plan+act" or "__base__"."""
+    """The agent as a text: "plan", "plan+act", "__base__", or "[plan, act, __base__]" by rows."""
+    rows = rows_of(agent)
+    if rows is not None:
+        return f"[{', '.join(rows)}]"
     return "+".join(agent) if agent else BASE_MODEL
 
 
@@ -159,20 +185,20 @@ def check_expressible(path: str, module: Any, names: Iterable[str], split: bool 
             raise UnsupportedAdapterError(f"{path}: the up-projection of adapter {name!r} is not a plain weight matrix")
 
 
-def check_one_agent_for_all_rows(lora_layers: Iterable[tuple[str, Any]]) -> None:
-    """Refuse ``adapter_names=`` (PEFT passes it to its layers by hooks), before anything is run.
+def brings_adapter_names(hook: Any) -> bool:
+    """Whether a forward hook is PEFT's that gives a layer ``adapter_names``."""
+    return getattr(getattr(hook, "func", None), "__name__", "") == _PEFT_HOOKS[0]
 
-    Raises:
-        UnsupportedAdapterError: rows of the batch have adapters of their own.
-    """
+
+def adapter_names_argument(lora_layers: Iterable[tuple[str, Any]]) -> tuple[str, ...] | None:
+    """PEFT's ``adapter_names=`` of the call that is under way (PEFT passes it to all its layers by hooks), or None."""
     for _, module in lora_layers:
-        for hook in module._forward_pre_hooks.values():
-            if getattr(getattr(hook, "func", None), "__name__", "") == _PEFT_HOOKS[0]:
-                raise UnsupportedAdapterError(
-                    "adapter_names= (rows of a batch with different adapters) can't be used with a SharedLoRACache yet. Use "
-                    "model.set_adapter(...) and one cache for each batch"
-                )
-        return
+        # The last one wins: PEFT leaves hooks behind when a forward pass raises.
+        for hook in reversed(list(module._forward_pre_hooks.values())):
+            if brings_adapter_names(hook):
+                return tuple(hook.keywords["adapter_names"])
+        return None
+    return None
 
 
 def remove_left_hooks(lora_layers: Iterable[tuple[str, Any]]) -> None:
@@ -205,8 +231,9 @@ def check_no_dropout(lora_layers: Iterable[tuple[str, Any]], agent: Agent) -> No
     Raises:
         UnsupportedAdapterError: with the layer, the adapter and its dropout.
     """
+    names = names_in(agent)
     for path, module in lora_layers:
-        for name in agent:
+        for name in names:
             dropout = module.lora_dropout[name] if name in module.lora_dropout else None
             if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
                 raise UnsupportedAdapterError(

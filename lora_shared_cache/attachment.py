@@ -27,7 +27,7 @@ from .errors import UnsupportedAdapterError, UnsupportedModelError
 from .key_norm import find_key_norm, has_key_norm
 from .layout import NO_ROTATION, LayoutProbe, RotaryLayout, find_layout
 from .policies import DownDigests
-from .products import linear_with_adapters, plain_adapters
+from .products import linear_of_rows, linear_with_adapters, plain_adapters
 from .scopes import forward_scope, layer_scope
 
 # The attribute that marks an attached module and holds its record.
@@ -294,10 +294,13 @@ class Attachment:
         return self._normalises
 
     def agent(self) -> Agent:
-        """Who is active now: sorted adapter names, or () for the base model."""
+        """Who is active now: sorted adapter names, () for the base model, or by rows where PEFT was given ``adapter_names=``."""
         for _, module in self.lora_layers:
             if module.disable_adapters:
                 return ()
+            rows = peft_adapters.adapter_names_argument(self.lora_layers)
+            if rows is not None:
+                return peft_adapters.agent_of_rows(rows)
             active = module.active_adapters
             if not all(name in module.scaling for name in active):
                 # Some adapters may not be on this layer, and a deleted one may still be named.
@@ -394,14 +397,18 @@ class Attachment:
         return "position_ids" in inspect.signature(type(self.decoder).forward).parameters
 
     def has_hooks(self, known: tuple[str, ...]) -> bool:
-        """Whether any module of the decoder has forward hooks, other than of the Python modules ``known``."""
+        """Whether any module of the decoder has forward hooks, other than of the Python modules ``known`` and those that bring
+        PEFT's ``adapter_names=``, which say who the agent is."""
         if self._hooks is None:
             modules = list(self.decoder.modules())
             self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
             self._hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         if not any(self._hooks):
             return False
-        return any(getattr(hook, "__module__", "") not in known for hooks in self._hooks for hook in hooks.values())
+        found = (hook for hooks in self._hooks for hook in hooks.values())
+        return any(
+            getattr(h, "__module__", "") not in known and not peft_adapters.brings_adapter_names(h) for h in found
+        )
 
     def check_adapters(
         self, agent: Agent, names: Iterable[str], looked_at: Container[str] = (), private: tuple[int, ...] = ()
@@ -421,7 +428,7 @@ class Attachment:
         if self._checked != self._structure:
             peft_adapters.check_model_wide(self.root, getattr(self.root, "peft_config", {}) or {}, loaded)
             self._checked = self._structure
-        wanted = tuple(sorted({*names, *agent}))
+        wanted = tuple(sorted({*names, *peft_adapters.names_in(agent)}))
         known = (name for name in wanted if name in loaded)
         watches = [self._watches[name] if name in looked_at else self.watch(name) for name in known]
         if self._expressible.get((wanted, private)) != watches:
@@ -432,7 +439,10 @@ class Attachment:
                     )
             self._expressible[wanted, private] = watches
         seen: tuple | None = None
+        by_rows = peft_adapters.adapter_names_argument(self.lora_layers) is not None
         for path, module in self.lora_layers:
+            if by_rows and not module._disable_adapters:
+                continue  # whichever are active, PEFT takes those of the rows
             state = (module._disable_adapters, module._active_adapter)
             if state == seen:
                 continue  # as on the layer before
@@ -452,7 +462,7 @@ class Attachment:
         """
         for layer in self.layers.values():
             names = peft_adapters.names_on(layer.projection("k_proj"), agent)
-            if len(names) > 1 and has_key_norm(layer.module):
+            if peft_adapters.rows_of(agent) is None and len(names) > 1 and has_key_norm(layer.module):
                 raise UnsupportedAdapterError(
                     f"{layer.name} normalises its keys, and the active adapters {names} change them together; {policy} keeps the "
                     "norms of single adapters only. Use SharedLoRACache(sharing='base_shared')"
@@ -558,12 +568,18 @@ def restore_forward(module: nn.Module) -> None:
 def lora_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A LoRA layer's forward: PEFT's, or in decode steps whose lengths the device counts the same in fewer launches."""
     now = forward_scope.get()
+    if kwargs and isinstance(layer_scope.get(), LayoutProbe):
+        # Of the batch's rows, of which a layer that is tried out knows nothing.
+        kwargs = {name: value for name, value in kwargs.items() if name not in peft_adapters.PEFT_ARGUMENTS}
     products = None if now is None else now.products
-    if products is None or args or kwargs or record_of(self).original is not None:
+    rows = kwargs.get("adapter_names")
+    if products is None or args or len(kwargs) > (rows is not None) or record_of(self).original is not None:
         return call_original(self, x, *args, **kwargs)
-    names = plain_adapters(self, x)
+    names = plain_adapters(self, x, rows)
     if names is None:
-        return call_original(self, x)
+        return call_original(self, x, **kwargs)
+    if rows is not None and len(set(rows)) > 1:
+        return linear_of_rows(self, tuple(rows), names, x, products)
     return linear_with_adapters(self, names, x, products)
 
 

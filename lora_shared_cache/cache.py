@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import adapters as peft_adapters
-from .adapters import BASE_MODEL, Agent, agent_name
+from .adapters import BASE_MODEL, Agent, agent_name, agent_of_rows, names_in, rows_of
 from .attach import attach, attachment_of
 from .attachment import AdapterWatch, Attachment
 from .buffers import TokenBuffer
@@ -177,7 +177,8 @@ class SharedLoRACache(SharedCacheBase):
         With private layers every agent covers only what it has run itself, the base model and adapters without k and v too.
 
         Returns:
-            Tokens by adapter name; "__base__" is the base model, "a+b" a combination of adapters that has run.
+            Tokens by adapter name; "__base__" is the base model, "a+b" a combination of adapters that has run, "[a, b, __base__]"
+            a batch whose rows have run with adapters of their own.
         """
         if self._attachment is None:
             return {}
@@ -331,6 +332,9 @@ class SharedLoRACache(SharedCacheBase):
         for buffer in self._rope_buffers_all():
             buffer.select_rows(indices)
         self._trajectory.select_rows(indices)
+        if self._has_rows_of_their_own():
+            chosen = indices.tolist()
+            self._rename_rows(lambda rows: [rows[index] for index in chosen])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each batch row ``repeats`` times in a row, of all agents."""
@@ -340,6 +344,42 @@ class SharedLoRACache(SharedCacheBase):
         for buffer in self._rope_buffers_all():
             buffer.repeat_rows(repeats)
         self._trajectory.repeat_rows(repeats)
+        self._rename_rows(lambda rows: [name for name in rows for _ in range(repeats)])
+
+    def _has_rows_of_their_own(self) -> bool:
+        return any(rows_of(agent) for agent in self._agents)
+
+    def _rename_rows(self, new_rows: Callable[[tuple[str, ...]], list[str]]) -> None:
+        """After a change of the rows: what belongs to adapters by rows belongs to those of the rows as they are now.
+
+        Where an adapter has no row any more, it is dropped: the agent that is left runs the trajectory again.
+        """
+        renamed: dict[Agent, Agent] = {}
+        for agent in self._agents:
+            rows = rows_of(agent)
+            if rows is not None:
+                new = agent_of_rows(new_rows(rows))
+                renamed[agent] = new if set(rows_of(new) or ()) == set(rows) else ()
+        if not renamed:
+            return
+        keys: dict[EntryKey, EntryKey] = {}
+        for old, new in renamed.items():
+            keys.update({old: new, private_key(old): private_key(new) if new else ()})
+        # Two agents may have become one: the one that covers more stays.
+        order = sorted((key for key in keys if key in self._coverage), key=lambda key: self._coverage[key])
+        taken = [(key, self._coverage.pop(key)) for key in order]
+        self._coverage.update({keys[key]: tokens for key, tokens in taken if keys[key]})
+        for layer in self.layers:
+            parts = [(keys[key], layer.entries.pop(key)) for key in order if key in layer.entries]
+            layer.entries.update({key: part for key, part in parts if key})
+        self._agents = {
+            renamed.get(agent, agent): None for agent in self._agents if renamed.get(agent, agent) or not agent
+        }
+        if self._expanded_agent in renamed:
+            for layer in self.layers:
+                layer.release_expanded()
+            self._expanded_agent = None
+        self._last_agent = None
 
     def activate_past_recording(self) -> None:
         """Nothing to do: everything can be cropped at any time."""
@@ -544,7 +584,7 @@ class SharedLoRACache(SharedCacheBase):
         self._policy = policy
         # Whose weights what is written depends on: with norms of keys also on the B's of those who share A.
         written_for = writes if policy.name == "lr_precomputed" or policy.key_norm else ()
-        for name in {*agent, *written_for}:
+        for name in {*names_in(agent), *written_for}:
             if name not in self._identities:
                 self._identities[name] = (
                     contents[name] if name in contents else attachment.content_digests([name])[name]
@@ -556,7 +596,7 @@ class SharedLoRACache(SharedCacheBase):
     def _watched(self, agent: Agent) -> tuple[str, ...]:
         """Adapters whose weights the agent's next token depends on."""
         group = () if self._policy is None else self._policy.group
-        return tuple(sorted({*agent, *group}))
+        return tuple(sorted({*names_in(agent), *group}))
 
     def _look_for_changes(self) -> None:
         """Drop what a changed or deleted adapter left, when nothing is running."""
@@ -579,7 +619,7 @@ class SharedLoRACache(SharedCacheBase):
 
     def _read_contents(self, attachment: Attachment, agent: Agent) -> dict[str, tuple]:
         """Content of all adapters that matter to what is cached and to who may read it."""
-        names = {*self._identities, *agent}
+        names = {*self._identities, *names_in(agent)}
         if self.sharing in ("auto", "base_lr_shared") and not self.private_layers:
             names.update(attachment.adapters_on_keys_or_values())
         return attachment.content_digests(name for name in attachment.adapters() if name in names)
@@ -766,7 +806,7 @@ class SharedLoRACache(SharedCacheBase):
             else:
                 positions = positions[:, new:]
             self._trajectory.append(ids, positions, now.attention_mask, now.padded)
-            for name in now.agent:
+            for name in names_in(now.agent):
                 self._first_token.setdefault(name, now.previous)
         for entry, start in now.writers:
             self._coverage[entry.key] = max(start, now.stop)

@@ -13,16 +13,25 @@ from torch.nn import functional as F
 from flash_lora_attention import flash_lora_attention, flash_lora_attention_reference
 
 from . import adapters as peft_adapters
-from .adapters import Agent
+from .adapters import Agent, rows_of
 from .append import append_token
 from .attachment import Attachment, AttentionLayer, call_original, lora_forward
 from .attention import attention_backend
 from .buffers import NotReserved, TokenBuffer
-from .errors import TrajectoryError, UnsupportedModelError
+from .errors import TrajectoryError, UnsupportedAdapterError, UnsupportedModelError
 from .key_norm import KeyNorm
 from .layout import NO_ROTATION
 from .policies import SHARED_ENTRY, Entry, EntryKey, private_key
 from .products import DownProducts
+from .rows import (
+    RowColumns,
+    adapter_index,
+    join_rows,
+    row_columns,
+    rows_with,
+    stack_up_projections,
+    up_of_rows,
+)
 from .scopes import forward_scope, layer_scope
 from .storage import SharedCacheBase, SharedLoRALayer
 from .trajectory import UNKNOWN_TOKEN
@@ -32,8 +41,6 @@ if TYPE_CHECKING:
 
 # Stands beside the layer types in the table of what is known of how many tokens.
 NORMS = "norms of base keys"
-# Arguments of PEFT's LoRA layers that must not reach the base layer.
-_PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
 
 
 def shared_cache_in(args: tuple, kwargs: dict[str, Any]) -> SharedLoRACache | None:
@@ -171,7 +178,7 @@ class LayerPass:
         if module.disable_adapters and module.merged:
             # PEFT's own forward does this too: a disabled adapter must not stay in the base weights.
             module.unmerge()
-        base = module.base_layer(x, *args, **{k: v for k, v in kwargs.items() if k not in _PEFT_ARGUMENTS})
+        base = module.base_layer(x, *args, **{k: v for k, v in kwargs.items() if k not in peft_adapters.PEFT_ARGUMENTS})
         self._write_entries(which, module, x, base.dtype)
         norm = None if self.layer.layout is None else self.layer.layout.key_norm
         if which == "k_proj" and norm is not None:
@@ -196,12 +203,14 @@ class LayerPass:
             a = now.products.down(module, weight, x)
         dtype = now.cache.low_rank_dtype or dtype
         column = 0
-        for (entry, start), (rank, ones) in zip(pending, parts, strict=True):
+        for (entry, start), (rank, ones, of_rows) in zip(pending, parts, strict=True):
             if rank == 0:
                 continue
             part = a[:, start - first :, column : column + rank]
             column += rank
-            if ones:
+            if of_rows is not None:
+                part = of_rows(part)
+            elif ones:
                 part = torch.cat((part, part.new_ones(*part.shape[:-1], 1)), dim=-1)
             if now.slot is None:
                 self.storage.write_entry(entry.key, which, start, part.to(dtype))
@@ -242,7 +251,10 @@ class LayerPass:
                 a = self._fresh[source.key]
             else:
                 raise NotReserved
-            up = self._up("k_proj", module, source, names)
+            if entry.rows is None:
+                up = self._up("k_proj", module, source, names)
+            else:
+                up = up_of_rows(self._ups_of_rows("k_proj", module), self._index_of_rows(base.device))
             delta = (a[:, None].to(up.dtype) @ up).transpose(1, 2).flatten(2)
             adapted = norm.rms(base[:, start - now.start :].to(up.dtype) + delta)
             gains = dict(gain=shared[:, :, start - now.start :] / adapted, delta_gain=1 / adapted)
@@ -299,6 +311,9 @@ class LayerPass:
         self.attended = True
         key_low_rank, key_up = self._low_rank("k_proj")
         value_low_rank, value_up = self._low_rank("v_proj")
+        index = None
+        if rows_of(self.forward_pass.agent) is not None and not (key_up is None and value_up is None):
+            index = self._index_of_rows(query.device)
         layout, slot = self.layer.layout if self.private is None else NO_ROTATION, self.forward_pass.slot
         assert layout is not None
         backend = attention_backend()
@@ -310,7 +325,8 @@ class LayerPass:
         keeps_expanded = backend == "reference" and query.device.type == "cpu" and slot is None
         if key_low_rank is not None and key_up is not None and keeps_expanded:
             # Expanding is a matrix product over all tokens; on the CPU the agent's expanded keys are kept and appended to.
-            key = self._expanded_keys(key, key_low_rank, key_up, gain, delta_gain)
+            up = key_up if index is None else up_of_rows(key_up, index)
+            key = self._expanded_keys(key, key_low_rank, up, gain, delta_gain)
             key_low_rank = key_up = gain = delta_gain = None
         cos = sin = None
         if key_low_rank is not None and layout.rotary_dim:
@@ -327,6 +343,7 @@ class LayerPass:
             key_up=key_up,
             value_low_rank=value_low_rank,
             value_up=value_up,
+            adapter_index=index,
             cos=cos,
             sin=sin,
             rotary_dim=layout.rotary_dim or None,
@@ -339,11 +356,16 @@ class LayerPass:
         return cast(torch.Tensor, out)
 
     def _low_rank(self, which: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The agent's entries (B, stop, r) and up-projections (Hk, r, D) for one projection, or None twice."""
+        """The agent's entries (B, stop, r) and up-projections (Hk, r, D) for one projection, or None twice.
+
+        Where rows have adapters of their own: up-projections (n, Hk, r, D) of all their adapters.
+        """
         if self.private is not None:
             return None, None
         now = self.forward_pass
         module = self.layer.projection(which)
+        if rows_of(now.agent) is not None:
+            return self._low_rank_of_rows(which, module)
         entries: list[torch.Tensor] = []
         ups: list[torch.Tensor] = []
         for entry, names in now.readers:
@@ -357,6 +379,53 @@ class LayerPass:
         if len(entries) == 1:
             return entries[0], ups[0]
         return torch.cat(entries, dim=-1), torch.cat(ups, dim=-2)
+
+    def _low_rank_of_rows(self, which: str, module: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """As :meth:`_low_rank`; each row's entries are those of its adapter."""
+        sources = self._sources_of_rows(module, lambda entry: not entry.gains)
+        if not sources:
+            return None, None
+        ups = self._ups_of_rows(which, module, normed=which == "k_proj")
+        stored = [self.storage.entries[entry.key][which].view(self.forward_pass.seen) for entry, _ in sources]
+        if len(stored) == 1 and stored[0].shape[-1] == ups.shape[2]:
+            # Rows that do not read it have no up-projection.
+            return stored[0], ups
+        return join_rows([(t, rows) for t, (_, rows) in zip(stored, sources, strict=True)], ups.shape[2]), ups
+
+    def _sources_of_rows(self, module: Any, wanted: Callable[[Entry], bool]) -> list[tuple[Entry, torch.Tensor]]:
+        """The entries that rows read on this layer, with the rows (b,) int64 that read each."""
+        now = self.forward_pass
+        rows, found = rows_of(now.agent) or (), []
+        for entry, names in now.readers:
+            here = tuple(peft_adapters.names_on(module, names))
+            if here and wanted(entry):
+                device = module.lora_A[here[0]].weight.device
+                key = ("rows", device, now.agent, here)
+                found.append((entry, now.attachment.cached_weights(key, partial(rows_with, rows, here, device))))
+        return found
+
+    def _ups_of_rows(self, which: str, module: Any, normed: bool = False) -> torch.Tensor:
+        """Up-projections (n, Hk, r, D) of the adapters of all rows, kept while the weights stay as they are; see :meth:`_up`."""
+        now = self.forward_pass
+        names = peft_adapters.names_in(now.agent)
+        entries = {name: entry for entry, readers in now.readers for name in readers if not entry.gains}
+        key = ("ups", self.layer.layer_idx, which, names, tuple(entries.items()), normed)
+
+        def up(name: str) -> torch.Tensor | None:
+            if name not in entries or not peft_adapters.names_on(module, [name]):
+                return None
+            # In what belongs to rows each adapter has columns of its own.
+            entry = entries[name] if entries[name].rows is None else Entry((name,), (name,))
+            return self._up(which, module, entry, (name,), normed)
+
+        return cast(torch.Tensor, now.attachment.cached_weights(key, lambda: stack_up_projections([*map(up, names)])))
+
+    def _index_of_rows(self, device: torch.device) -> torch.Tensor:
+        """(B,) int64: each row's place among the adapters of all rows, -1 for the base model."""
+        now = self.forward_pass
+        rows, names = rows_of(now.agent) or (), peft_adapters.names_in(now.agent)
+        key = ("index", device, now.agent)
+        return cast(torch.Tensor, now.attachment.cached_weights(key, partial(adapter_index, rows, names, device)))
 
     def _up(self, which: str, module: Any, entry: Entry, names: tuple[str, ...], normed: bool = False) -> torch.Tensor:
         """The up-projections (Hk, r, D) of adapters ``names`` that read an entry, kept while the weights stay as they are.
@@ -378,6 +447,11 @@ class LayerPass:
         """The agent's "gain" or "delta_gain" (B, Hk, T) of keys; there is one adapter, or one entry for several."""
         now = self.forward_pass
         module = self.layer.projection("k_proj")
+        if rows_of(now.agent) is not None:
+            # Rows without an adapter read the base key as it is.
+            sources = self._sources_of_rows(module, lambda entry: not entry.shared)
+            parts = [(self.storage.entries[e.key][which].view(now.seen), rows) for e, rows in sources]
+            return join_rows(parts, 1, fill=1.0).squeeze(-1).expand(-1, heads, -1)
         for entry, names in now.readers:
             if not entry.shared and peft_adapters.names_on(module, names):
                 return self.storage.entries[entry.key][which].view(now.seen).squeeze(-1).expand(-1, heads, -1)
@@ -411,19 +485,28 @@ class LayerPass:
         return storage.expanded.view(now.stop)
 
 
-def _down_plan(module: Any, entries: list[Entry]) -> tuple[torch.Tensor, list[tuple[int, bool]]] | None:
-    """The A's of all entries below each other, and each entry's rank and whether a column of ones follows."""
-    downs = []
+def _down_plan(
+    module: Any, entries: list[Entry]
+) -> tuple[torch.Tensor, list[tuple[int, bool, RowColumns | None]]] | None:
+    """The A's of all entries below each other; each entry's columns, whether one of ones follows, and which are each row's."""
+    weights: list[torch.Tensor] = []
+    parts: list[tuple[int, bool, RowColumns | None]] = []
     for entry in entries:
         names = peft_adapters.names_on(module, entry.names)
-        # Adapters that share A are represented by the first that adapts this layer.
-        downs.append(peft_adapters.down_projection(module, names[:1] if entry.shared else names) if names else None)
-    present = [down for down in downs if down is not None]
-    if not present:
+        if not names:
+            parts.append((0, False, None))
+        elif entry.rows is not None:
+            weight, columns = row_columns(module, entry.rows, names)
+            weights.append(weight)
+            parts.append((weight.shape[0], False, columns))
+        else:
+            # Adapters that share A are represented by the first that adapts this layer.
+            down = peft_adapters.down_projection(module, names[:1] if entry.shared else names)
+            weights.append(down.weight)
+            parts.append((down.weight.shape[0], down.ones, None))
+    if not weights:
         return None
-    weights = [down.weight for down in present]
-    weight = weights[0] if len(weights) == 1 else torch.cat([w.to(weights[0].dtype) for w in weights])
-    return weight, [(0, False) if down is None else (down.weight.shape[0], down.ones) for down in downs]
+    return weights[0] if len(weights) == 1 else torch.cat([w.to(weights[0].dtype) for w in weights]), parts
 
 
 def _up_projection(module: Any, entry: Entry, names: tuple[str, ...], head_dim: int) -> torch.Tensor:
@@ -550,7 +633,6 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
         UnsupportedAdapterError, UnsupportedModelError: the split can't express the model's present state.
     """
     cache._bind(attachment)
-    peft_adapters.check_one_agent_for_all_rows(attachment.lora_layers)
     inputs = kwargs.get("input_ids")
     if inputs is None:
         inputs = kwargs.get("inputs_embeds")
@@ -564,6 +646,12 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
         )
     trajectory = cache._trajectory
     trajectory.check_rows(rows)
+    names = peft_adapters.adapter_names_argument(attachment.lora_layers)
+    if names is not None and len(names) != rows:
+        raise UnsupportedAdapterError(
+            f"adapter_names has {len(names)} names, the batch {rows} rows; pass one name per row. PEFT repeats them for "
+            "num_beams= given to generate, but neither for num_return_sequences nor for beams from a generation config"
+        )
     # What the caller was told before adapters are looked at: inputs are cut by it.
     told = cache._told_length()
     remembered = trajectory.token_ids

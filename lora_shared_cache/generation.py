@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import adapters as peft_adapters
 from .attachment import Attachment
 from .errors import TrajectoryError
 
@@ -31,9 +32,22 @@ def run_generate(
             rightly.
     """
     cache._bind(attachment)
-    if cache.trajectory_length == 0:
-        with cache._prompt(0, None):
+    try:
+        limit, length = _check_prompt(attachment, cache, args, kwargs)
+        with cache._prompt(length, limit):
             return original(*args, **kwargs)
+    except BaseException:
+        # PEFT leaves its own behind, and they would say what the next call's rows are.
+        peft_adapters.remove_left_hooks(attachment.lora_layers)
+        raise
+
+
+def _check_prompt(
+    attachment: Attachment, cache: SharedLoRACache, args: tuple, kwargs: dict[str, Any]
+) -> tuple[int | None, int]:
+    """The token from which on a prompt is run again, if there is one, and the length of the prompt that was checked."""
+    if cache.trajectory_length == 0:
+        return None, 0
     inputs = args[0] if args else kwargs.get("inputs")
     if inputs is None:
         inputs = kwargs.get("input_ids")
@@ -78,5 +92,4 @@ def run_generate(
         cache._trajectory.check_padding(mask.repeat_interleave(repeats, dim=0))
     # `generate` runs `ids[:, -(n - cached):]`: with everything cached that is all of them. The last token is run again.
     limit = columns - 1 if cache._seen_length(agent) >= columns else None
-    with cache._prompt(columns, limit):
-        return original(*args, **kwargs)
+    return limit, columns

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .adapters import Agent
+from .adapters import Agent, names_in, rows_of
 from .errors import SharedCacheError
 
 Sharing = Literal["auto", "base_shared", "base_lr_shared", "lr_precomputed"]
@@ -41,12 +41,20 @@ class Entry:
         shared: those adapters have one A in common (else their A's stand below each other).
         gains: it holds only the two numbers per key of one adapter, on models that normalise keys (``key_norm.py``); its
             low-rank entries are those of :data:`SHARED_ENTRY`.
+
+    With the key of an agent whose rows have adapters of their own, each row's entries are those of its adapter, with zeros up to
+    the largest rank.
     """
 
     key: EntryKey
     names: tuple[str, ...]
     shared: bool = False
     gains: bool = False
+
+    @property
+    def rows(self) -> tuple[str, ...] | None:
+        """The adapter of each row, or None: all rows are computed with all ``names``."""
+        return rows_of(self.key)
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Policy:
         return found
 
     def _low_rank(self, agent: Agent) -> list[tuple[Entry, tuple[str, ...]]]:
-        names = tuple(name for name in agent if name in self.adapters)
+        names = tuple(name for name in names_in(agent) if name in self.adapters)
         if self.name == "lr_precomputed":
             return [(Entry((name,), (name,)), (name,)) for name in names]
         found: list[tuple[Entry, tuple[str, ...]]] = []
@@ -88,7 +96,8 @@ class Policy:
             found += [(entry, entry.names) for entry in self._gains(members)]
         own = tuple(name for name in names if name not in self.group)
         if own:
-            # What is not shared belongs to the whole combination: its hidden states are those of all active adapters.
+            # What is not shared belongs to the whole combination: its hidden states are those of all active adapters. So it
+            # does to the adapters of all rows together: there is one coverage for all rows.
             found.append((Entry(agent, own), own))
         return found
 

@@ -7,6 +7,7 @@ else goes PEFT's own way. The same sums: ``W x + s B (A x)``, with one rounding 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -85,16 +86,20 @@ class DownProducts:
 _PLAIN_LAYERS = {LoraLinear, nn.Linear}
 
 
-def plain_adapters(module: Any, x: torch.Tensor) -> list[str] | None:
+def plain_adapters(module: Any, x: torch.Tensor, rows: Sequence[str] | None = None) -> list[str] | None:
     """The active adapters of a plain LoRA layer that can be computed here, or None: PEFT's own forward is asked.
 
     The empty list: none of them adapts this layer.
+
+    Args:
+        rows: the adapter of each row of the batch instead of those that are active.
     """
     if {type(module), type(module.base_layer)} != _PLAIN_LAYERS or module.merged:
         return None
     if module.disable_adapters:
         return []
-    names = [name for name in module.active_adapters if name in module.lora_A]
+    active = module.active_adapters if rows is None else sorted(set(rows))
+    names = [name for name in active if name in module.lora_A]
     for name in names:
         a: Any = module.lora_A[name]
         b: Any = module.lora_B[name]
@@ -110,6 +115,35 @@ def plain_adapters(module: Any, x: torch.Tensor) -> list[str] | None:
     if len({module.lora_A[name].weight.dtype for name in names}) > 1 or module.base_layer.weight.dtype != x.dtype:
         return None
     return names
+
+
+def linear_of_rows(
+    module: Any, rows: tuple[str, ...], names: list[str], x: torch.Tensor, products: DownProducts
+) -> torch.Tensor:
+    """``W x + s B (A x)`` (B, 1, out_features) with each row's own adapter, if it is one of ``names``.
+
+    One product with the A's and one with the B's of all of them; in between, what is of other rows' adapters is set to 0.
+    """
+    out = module.base_layer(x)
+    if not names:
+        return out
+
+    def stack() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        downs = [module.lora_A[name].weight.detach() for name in names]
+        ups = [module.lora_B[name].weight.detach() for name in names]
+        of_row = [[float(name == row) * module.scaling[name] for name in names] for row in rows]
+        scale = torch.tensor(of_row, dtype=downs[0].dtype, device=downs[0].device)
+        ranks = torch.tensor([len(down) for down in downs], device=scale.device)
+        return torch.cat(downs), torch.cat(ups, dim=1).T.contiguous(), scale.repeat_interleave(ranks, dim=1)
+
+    key = ("rows", id(module), rows, tuple(names))
+    down, up, scale = products.attachment.cached_weights(key, stack)
+    a = products.down(module, down, x).flatten(0, 1) * scale
+    if a.dtype == out.dtype:
+        out.view(-1, out.shape[-1]).addmm_(a, up)
+    else:
+        torch.add(out, (a @ up).view(out.shape), out=out)
+    return out
 
 
 def linear_with_adapters(module: Any, names: list[str], x: torch.Tensor, products: DownProducts) -> torch.Tensor:

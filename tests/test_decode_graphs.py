@@ -135,6 +135,21 @@ def test_two_caches_alternate_on_one_model(device):
 
 
 @pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
+def test_rows_with_adapters_of_their_own(device, sharing):
+    model = model_on(device)
+    captured, eager = both(sharing=sharing)
+    texts = []
+    for cache in (captured, eager):
+        ids = prompt(device, rows=4)
+        for names in (["plan", "act", "__base__", "plan"], ["act"] * 4, ["plan", "act", "__base__", "plan"]):
+            ids = generate(model, ids, cache, adapter_names=names)
+        texts.append(ids)
+    assert torch.equal(*texts)
+    assert captured.eager_reason is None
+    assert graphs.CudaGraph.captures == 2 and graphs.CudaGraph.replays >= 3 * 18 - 2
+
+
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
 def test_four_rows_with_left_padding(device, sharing):
     model = model_on(device)
     ids = prompt(device, rows=4, n=12)
