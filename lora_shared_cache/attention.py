@@ -161,6 +161,13 @@ def shared_lora_mask(
         return original(**arguments, allow_is_causal_skip=allow_is_causal_skip, config=config) if original else None
     slot = forward_scope.get().slot
     everything_visible = local_size is None or kv_length <= local_size
+    if slot is not None and slot.window is not None and kv_offset is slot.window.first:
+        # A sliding layer holds its last tokens only; from which one on, the device knows. Counted from that one, all is as usual.
+        arguments.update(q_offset=slot.window.index, kv_offset=0)
+        if attention_mask is not None:
+            places = torch.arange(kv_length, device=attention_mask.device) + slot.window.first
+            attention_mask = attention_mask.index_select(1, places.clamp_(max=attention_mask.shape[1] - 1))
+            arguments["attention_mask"] = attention_mask
     plain = mask_function is causal_mask_function or (local_size is not None and everything_visible)
     if plain and slot is not None:
         # The new token sees all of the ``slot.length`` tokens but padding.

@@ -11,6 +11,9 @@ import torch
 # Tokens of unused capacity that growing may leave: large enough that copies are rare, small against a trajectory.
 MAX_SLACK = 2048
 MIN_SLACK = 64
+# Tokens that a sliding layer keeps besides its window, and as much room again: one copy serves that many decode steps. At
+# least this many, and an eighth of the window.
+MIN_MARGIN = 64
 
 _allocations = 0
 
@@ -18,6 +21,11 @@ _allocations = 0
 def allocations() -> int:
     """How often any buffer's storage was replaced: while it stays the same, so do the addresses of all buffers."""
     return _allocations
+
+
+def window_and_margin(window: int) -> int:
+    """Tokens that stay of a layer that reads a window of them."""
+    return window + max(MIN_MARGIN, window // 8)
 
 
 class NotReserved(Exception):
@@ -31,7 +39,12 @@ class TokenBuffer:
         token_dim: the token axis, negative (``-2`` for (B, H, T, D) and (B, T, r), ``-1`` for (B, T)).
         max_tokens: allocate this capacity at once and never more; None: grow as needed.
         broadcast_rows: a single batch row may stand for all rows of the batch.
+
+    Attributes:
+        start: position in the trajectory of the first token that is held.
     """
+
+    start = 0
 
     def __init__(self, token_dim: int, max_tokens: int | None = None, broadcast_rows: bool = False):
         self.token_dim = token_dim
@@ -76,11 +89,25 @@ class TokenBuffer:
         assert self.data is not None
         self.data.narrow(self.token_dim, start, n).copy_(new.detach())
 
+    def append(self, position: int, new: torch.Tensor, keep_from: int, mark: int) -> bool:
+        """:meth:`write`, of a layer with a sliding window; see :meth:`WindowBuffer.append`."""
+        self.write(position, new)
+        return False
+
+    def commit(self) -> None:
+        """Nothing to do: all that was written stays."""
+
     def view(self, length: int, start: int = 0) -> torch.Tensor:
         """Tokens ``start`` to ``length``, a view."""
         if self.data is None:
             raise RuntimeError("nothing was written to this buffer")
         return self.data.narrow(self.token_dim, start, length - start)
+
+    def slots(self, capacity: int) -> torch.Tensor:
+        """The first ``capacity`` places, whatever is in them, a view."""
+        if self.data is None:
+            raise NotReserved
+        return self.data.narrow(self.token_dim, 0, capacity)
 
     def nbytes(self, length: int | None = None) -> int:
         """Bytes of the first ``length`` tokens; None: of the whole allocation."""
@@ -130,24 +157,209 @@ class TokenBuffer:
         return self.broadcast_rows and self.data is not None and self.data.shape[0] == 1
 
     def _grow(self, valid: int, needed: int, like: torch.Tensor) -> None:
+        data = self._empty(like, self._capacity_for(needed))
+        if self.data is not None and valid:
+            data.narrow(self.token_dim, 0, valid).copy_(self.data.narrow(self.token_dim, 0, valid))
+        self._replace(data)
+
+    def _capacity_for(self, needed: int) -> int:
         if self.max_tokens is not None:
-            capacity = self.max_tokens
-        elif needed <= self.capacity:
-            capacity = self.capacity
-        else:
-            capacity = needed + max(MIN_SLACK, min(needed // 2, MAX_SLACK))
+            return self.max_tokens
+        if needed <= self.capacity:
+            return self.capacity
+        return needed + max(MIN_SLACK, min(needed // 2, MAX_SLACK))
+
+    def _empty(self, like: torch.Tensor, capacity: int) -> torch.Tensor:
         shape = list(like.shape)
         shape[self.token_dim] = capacity
         if self.data is not None:
             shape[0] = max(shape[0], self.data.shape[0])
         # A normal tensor even under torch.inference_mode(), so that a later turn without it can write.
         with torch.inference_mode(False):
-            data = torch.empty(shape, dtype=like.dtype if self.data is None else self.data.dtype, device=like.device)
-        if self.data is not None and valid:
-            data.narrow(self.token_dim, 0, valid).copy_(self.view(valid))
-        self._replace(data)
+            return torch.empty(shape, dtype=like.dtype if self.data is None else self.data.dtype, device=like.device)
 
     def _replace(self, data: torch.Tensor | None) -> None:
         global _allocations
         _allocations += 1
         self.data = data
+
+
+class WindowBuffer(TokenBuffer):
+    """The last tokens of a layer that reads no more than a window of them.
+
+    Positions are those of the trajectory. Tokens before :attr:`start` are gone; at least :attr:`keep` of the last ones stay. What
+    a pass leaves out is only let go of when it is committed (:meth:`commit`, :meth:`trim`).
+
+    Args:
+        token_dim, max_tokens: as for :class:`TokenBuffer`.
+        window: tokens that are read besides the new one, and one more, so that the last one can be run again.
+
+    Attributes:
+        kept: the window before a certain position, the mark, once it is no longer among the last tokens: (mark, tokens).
+    """
+
+    def __init__(self, token_dim: int, window: int, max_tokens: int | None = None):
+        super().__init__(token_dim, max_tokens)
+        self.window = window
+        self.start = 0
+        self.kept: tuple[int, torch.Tensor] | None = None
+        self._staged: tuple[int, torch.Tensor, tuple[int, torch.Tensor] | None] | None = None
+
+    @property
+    def keep(self) -> int:
+        """Tokens that stay."""
+        return window_and_margin(self.window)
+
+    @property
+    def room(self) -> int:
+        """Tokens at which those before the last :attr:`keep` are let go of."""
+        return 2 * self.keep - self.window
+
+    @property
+    def staged_start(self) -> int | None:
+        """Where the buffer will begin when it is committed; None: nothing is to be committed."""
+        return None if self._staged is None else self._staged[0]
+
+    def keeps(self, position: int) -> bool:
+        """Whether the window before ``position`` is kept apart from the last tokens."""
+        return self.kept is not None and self.kept[0] == position
+
+    def covers(self, position: int) -> bool:
+        """Whether the window before ``position`` is among the last tokens."""
+        return self.data is not None and self.start <= max(0, position - self.window)
+
+    def view(self, length: int, start: int = 0) -> torch.Tensor:
+        """Tokens ``start`` to ``length`` of the trajectory, a view."""
+        if start < self.start:
+            raise RuntimeError(f"token {start} was let go of; this buffer begins at {self.start}")
+        return super().view(length - self.start, start - self.start)
+
+    def append(self, position: int, new: torch.Tensor, keep_from: int, mark: int) -> bool:
+        """Write tokens ``position ...``, which follow all that is valid; what is valid stays until :meth:`commit`.
+
+        Args:
+            position: of the first new token.
+            new: the tokens.
+            keep_from: tokens before this one need not be stored where there is no room.
+            mark: the window before this position is to be kept besides.
+
+        Returns:
+            Whether :meth:`commit` has something to do.
+        """
+        self._staged = None
+        if self.data is None or position < self.start:
+            # Whatever is there is valid for nobody.
+            self.start, self.kept = position, None
+        stop = position + new.shape[self.token_dim]
+        if stop - self.start <= max(self.room, self.capacity):
+            self.write(position - self.start, new)
+            return False
+        first = min(max(keep_from, self.start), stop)
+        kept = self._window_before(mark, first, position, new)
+        data = self._empty(new, self._capacity_for(stop - first))
+        data.narrow(self.token_dim, 0, stop - first).copy_(self._tokens(first, stop, position, new))
+        self._staged = (first, data, kept)
+        return True
+
+    def commit(self) -> None:
+        """Let go of what the last :meth:`append` left out."""
+        if self._staged is not None:
+            self.start, data, self.kept = self._staged
+            self._staged = None
+            self._replace(data)
+
+    def discard(self) -> None:
+        """Give back what an :meth:`append` has left that was not committed."""
+        self._staged = None
+
+    def trim(self, length: int, mark: int, first: int | None = None) -> None:
+        """Let go of tokens before the last :attr:`keep` of ``length`` (or before ``first``), in place where that is possible."""
+        first = max(self.start, length - self.keep if first is None else first)
+        if self.data is None or first == self.start:
+            return
+        self.kept = self._window_before(mark, first, length, None)
+        tokens = self.view(length, first).clone()
+        if self.capacity > self.room:
+            self._replace(self._empty(self.data, min(self.room, self.capacity)))
+        assert self.data is not None
+        self.data.narrow(self.token_dim, 0, length - first).copy_(tokens)
+        self.start = first
+
+    def go_back(self, position: int) -> None:
+        """Make the window before ``position``, which was kept, the last tokens, if it is not among them."""
+        if self.kept is not None and self.kept[0] == position and not self.covers(position):
+            self.start = max(0, position - self.window)
+            self._replace(self.kept[1])
+        if self.kept is not None and self.kept[0] >= position:
+            self.kept = None
+
+    def forget_other_marks(self, mark: int) -> None:
+        """Give back what was kept for another mark than this one."""
+        if self.kept is not None and self.kept[0] != mark:
+            self.kept = None
+
+    def nbytes(self, length: int | None = None) -> int:
+        """Bytes of the tokens up to ``length`` that are held; None: of the whole allocation."""
+        extra = 0 if self.kept is None else self.kept[1].numel() * self.kept[1].element_size()
+        return super().nbytes(None if length is None else max(0, length - self.start)) + extra
+
+    @torch.inference_mode(False)
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """See :meth:`TokenBuffer.select_rows`."""
+        super().select_rows(rows)
+        if self.kept is not None:
+            self.kept = (self.kept[0], self.kept[1].index_select(0, rows.to(self.kept[1].device)))
+
+    @torch.inference_mode(False)
+    def repeat_rows(self, repeats: int) -> None:
+        """See :meth:`TokenBuffer.repeat_rows`."""
+        super().repeat_rows(repeats)
+        if self.kept is not None:
+            self.kept = (self.kept[0], self.kept[1].repeat_interleave(repeats, dim=0))
+
+    @torch.inference_mode(False)
+    def to(self, device: torch.device | str) -> None:
+        """See :meth:`TokenBuffer.to`."""
+        super().to(device)
+        if self.kept is not None:
+            self.kept = (self.kept[0], self.kept[1].to(device, non_blocking=True))
+
+    @torch.inference_mode(False)
+    def clone(self) -> WindowBuffer:
+        """An independent copy."""
+        copy = WindowBuffer(self.token_dim, self.window, self.max_tokens)
+        copy.data = None if self.data is None else self.data.clone()
+        copy.start = self.start
+        copy.kept = None if self.kept is None else (self.kept[0], self.kept[1].clone())
+        return copy
+
+    def _capacity_for(self, needed: int) -> int:
+        if needed > self.room:
+            return needed + self.keep - self.window  # what crop may be asked to undo
+        if self.max_tokens is not None:
+            return min(self.room, self.max_tokens)
+        return min(self.room, super()._capacity_for(needed))
+
+    def _window_before(
+        self, mark: int, first: int, position: int, new: torch.Tensor | None
+    ) -> tuple[int, torch.Tensor] | None:
+        """What is to be kept for a mark when tokens from ``first`` on are the last ones."""
+        if self.kept is not None and self.kept[0] == mark:
+            return self.kept
+        lowest = max(0, mark - self.window)
+        stop = position + (0 if new is None else new.shape[self.token_dim])
+        if mark == 0 or lowest >= first or mark > stop or lowest < self.start:
+            return None
+        # A normal tensor even under torch.inference_mode(): it may be written to after going back.
+        with torch.inference_mode(False):
+            return mark, self._tokens(lowest, mark, position, new).clone()
+
+    def _tokens(self, start: int, stop: int, position: int, new: torch.Tensor | None) -> torch.Tensor:
+        """Tokens ``start`` to ``stop`` of those that are held, followed by new ones from ``position`` on."""
+        parts = []
+        if start < position:
+            parts.append(self.view(min(stop, position), start))
+        if new is not None and stop > position:
+            begin = max(start, position)
+            parts.append(new.detach().narrow(self.token_dim, begin - position, stop - begin))
+        return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].dtype) for part in parts], self.token_dim)

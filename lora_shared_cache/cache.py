@@ -19,9 +19,9 @@ from . import adapters as peft_adapters
 from .adapters import BASE_MODEL, Agent, agent_name, agent_of_rows, names_in, rows_of
 from .attach import attach, attachment_of
 from .attachment import AdapterWatch, Attachment
-from .buffers import TokenBuffer
+from .buffers import TokenBuffer, WindowBuffer, window_and_margin
 from .errors import SharedCacheError, UnsupportedAdapterError, UnsupportedModelError
-from .forward import ForwardPass, enter_from_inside
+from .forward import NORMS, ForwardPass, enter_from_inside
 from .graphs import DecodeGraphs
 from .policies import (
     SHARED_ENTRY,
@@ -38,7 +38,7 @@ from .policies import (
 )
 from .reports import MemoryFootprint
 from .scopes import forward_scope, layer_scope
-from .storage import SharedCacheBase, SharedLoRALayer
+from .storage import SharedCacheBase, SharedLoRALayer, sliding_windows
 from .trajectory import Trajectory
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,7 +62,10 @@ class SharedLoRACache(SharedCacheBase):
             included, keeps full keys and values of its own there. Well-chosen layers bring each agent closer to a cache of its
             own, at their memory once per agent (docs/quality.md; layer 0 is exact anyway). Every agent runs every token itself
             then, so only "base_shared" goes with it ("auto" is the same).
-        max_cache_len: allocate room for this many tokens at once and never more; None: grow.
+        max_cache_len: allocate room for this many tokens at once and never more; None: grow. Of layers with a sliding window: for
+            the window and some more.
+        keep_all_tokens: layers with a sliding window keep every token, as full layers do, so that ``crop`` can go back anywhere;
+            else they keep what can still be read, and ``crop`` goes back to the start of the turn at least.
         low_rank_dtype: dtype of the low-rank entries, not of private keys and values; None: that of the keys and values.
         check_tokens: compare the model's input with the tokens that are cached, and refuse a contradiction.
         cuda_graphs: on CUDA, replay decode steps (one new token per row) from a captured graph; ``eager_reason`` says where
@@ -81,6 +84,7 @@ class SharedLoRACache(SharedCacheBase):
         sharing: Sharing = "auto",
         private_layers: Iterable[int] = (),
         max_cache_len: int | None = None,
+        keep_all_tokens: bool = False,
         low_rank_dtype: torch.dtype | None = None,
         check_tokens: bool = True,
         cuda_graphs: bool = True,
@@ -98,6 +102,8 @@ class SharedLoRACache(SharedCacheBase):
         self.sharing = sharing
         self._private_layers = private
         self._max_cache_len = max_cache_len
+        self._keep_all_tokens = bool(keep_all_tokens)
+        self._window: int | None = None
         self.low_rank_dtype = low_rank_dtype
         self.check_tokens = check_tokens
         self._attachment: Attachment | None = None
@@ -106,6 +112,9 @@ class SharedLoRACache(SharedCacheBase):
         self._in_prompt = False
         self._prompt_length = 0
         self._limit: int | None = None
+        self._new_turn = False
+        # How often sliding layers may have let go of tokens.
+        self._windows_at = 0
         self._forget()
         if model is not None:
             attach(model)
@@ -128,6 +137,13 @@ class SharedLoRACache(SharedCacheBase):
         # Who ran last, with the adapters that matter to it, and how they were.
         self._last_agent: tuple[Agent, tuple[str, ...]] | None = None
         self._last_state: list[tuple[str, AdapterWatch, int]] = []
+        # Sliding layers: where the turn began, at which length there is no room for a further token, and whether crop is to
+        # be able to undo the passes since it was last called.
+        self._mark = 0
+        self._windows_at += 1
+        self._last_runner: Agent | None = None
+        self._full_at: int | None = None
+        self._recording = False
 
     # ---- what users ask --------------------------------------------------------------------------------------------
 
@@ -145,6 +161,11 @@ class SharedLoRACache(SharedCacheBase):
     def max_cache_len(self) -> int | None:
         """Capacity in tokens, or None if the cache grows."""
         return self._max_cache_len
+
+    @property
+    def keep_all_tokens(self) -> bool:
+        """Whether layers with a sliding window keep every token."""
+        return self._keep_all_tokens
 
     @property
     def cuda_graphs(self) -> bool:
@@ -194,19 +215,22 @@ class SharedLoRACache(SharedCacheBase):
             A dict with "base", "low_rank" (by adapter; "*" is the one that adapters with a common A share, "*+name" what an
             adapter needs besides on a model that normalises keys), "private" (K/V of private layers, by agent; "__base__" is the
             base model), "expanded_keys" (kept on the CPU for the agent that ran last), "positions" (cos/sin, token ids, norms
-            of base keys), "total" (their sum), "allocated" (with the slack of growing storage) and "non_shared" (as many full
-            K/V caches of the whole trajectory as agents have run).
+            of base keys), "total" (their sum), "allocated" (with the slack of growing storage) and "non_shared" (as many
+            ``DynamicCache`` of the trajectory as agents have run). Layers with a sliding window count with the tokens that are
+            held there.
         """
         length = self.trajectory_length
         low_rank: dict[str, int] = {}
         private: dict[str, int] = {}
         base = expanded = allocated = full = 0
         for layer in self.layers:
-            base += layer.base_keys.nbytes(length) + layer.base_values.nbytes(length)
+            base += layer.base_keys.nbytes(length) + layer.base_values.nbytes(length) + layer.tails_nbytes()
             expanded += layer.expanded.nbytes(layer.expanded_length)
-            allocated += sum(buffer.nbytes() for buffer in layer.buffers())
+            allocated += sum(buffer.nbytes() for buffer in layer.buffers()) + layer.tails_nbytes()
             if layer.is_initialized:
-                full += layer.width * layer.dtype.itemsize * self.rows * length
+                # DynamicCache keeps the window without the next token.
+                tokens = length if layer.window is None else min(length, layer.window - 1)
+                full += layer.width * layer.dtype.itemsize * self.rows * tokens
             for key, parts in layer.entries.items():
                 tokens = self._coverage.get(key, 0)
                 into, name = (private, agent_name(key[1:])) if is_private(key) else (low_rank, agent_name(key))
@@ -267,11 +291,19 @@ class SharedLoRACache(SharedCacheBase):
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(kv_length, kv_offset) of what ``update`` will return."""
+        """(kv_length, kv_offset) of what ``update`` will return; the offset is that of a sliding layer's window."""
         now = forward_scope.get()
-        if now is not None and now.cache is self and now.slot is not None:
+        inside = now is not None and now.cache is self
+        slides = layer_idx < len(self.layers) and self.layers[layer_idx].window is not None
+        if inside and now.slot is not None:
+            if slides and now.slot.window is not None:
+                return now.slot.window.capacity, now.slot.window.first
             return now.slot.capacity, 0
-        return self.get_seq_length() + query_length, 0
+        stop = self.get_seq_length() + query_length
+        if not slides:
+            return stop, 0
+        first = now.window_start if inside else self._window_start(stop - query_length)
+        return stop - first, first
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Capacity in tokens, -1 if it grows."""
@@ -303,11 +335,15 @@ class SharedLoRACache(SharedCacheBase):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens of the trajectory, for all agents.
 
+        Layers with a sliding window keep no more than can still be read, so there it can go back some tokens (an eighth of the
+        window, at least 64) or to the start of the turn: the last ``generate``, or outside of one the last call with several
+        new tokens or with another agent than before. ``keep_all_tokens=True`` lifts that.
+
         Args:
             tokens_to_remove: zero or negative, as in Transformers: ``crop(-3)`` removes three tokens.
 
         Raises:
-            ValueError: positive, or more tokens than there are.
+            ValueError: positive, more tokens than there are, or back to where a sliding layer no longer holds the window.
         """
         self._not_while_running("crop")
         if tokens_to_remove > 0:
@@ -318,7 +354,15 @@ class SharedLoRACache(SharedCacheBase):
             raise SharedCacheError(
                 f"crop({tokens_to_remove}): the trajectory has only {self.trajectory_length} tokens; reset() removes all"
             )
-        self._truncate(self.trajectory_length + tokens_to_remove)
+        length = self.trajectory_length + tokens_to_remove
+        if not self._can_go_back(length):
+            raise SharedCacheError(
+                f"crop({tokens_to_remove}): layers with a sliding window no longer hold what comes before token {length}. It can "
+                f"go back {self._way_back()}; reset() removes all, and SharedLoRACache(keep_all_tokens=True) can go back anywhere"
+            )
+        recorded, self._recording = self._recording, False
+        self._truncate(length)
+        self._recording = recorded
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep the batch rows ``beam_idx`` (beam search), of all agents."""
@@ -372,6 +416,8 @@ class SharedLoRACache(SharedCacheBase):
         for layer in self.layers:
             parts = [(keys[key], layer.entries.pop(key)) for key in order if key in layer.entries]
             layer.entries.update({key: part for key, part in parts if key})
+            tails = [(keys[key], layer.tails.pop(key)) for key in order if key in layer.tails]
+            layer.tails.update({key: tail for key, tail in tails if tail.stop == self._coverage.get(key)})
         self._agents = {
             renamed.get(agent, agent): None for agent in self._agents if renamed.get(agent, agent) or not agent
         }
@@ -379,10 +425,11 @@ class SharedLoRACache(SharedCacheBase):
             for layer in self.layers:
                 layer.release_expanded()
             self._expanded_agent = None
-        self._last_agent = None
+        self._last_agent = self._last_runner = None
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: everything can be cropped at any time."""
+        """Layers with a sliding window let go of nothing that comes in until ``crop`` is called; ends with ``generate``."""
+        self._recording = True
 
     def _refuse_state(self, *args: Any, **kwargs: Any) -> Any:
         """Asked for by layers with linear attention, convolutions or state spaces.
@@ -406,9 +453,9 @@ class SharedLoRACache(SharedCacheBase):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """All False: layers with a sliding window keep all tokens, and the mask hides those outside of it."""
+        """Which layers read a sliding window."""
         self._first_use()
-        return [False] * len(self.layers)
+        return [layer.is_sliding for layer in self.layers]
 
     @property
     def is_initialized(self) -> bool:
@@ -443,6 +490,7 @@ class SharedLoRACache(SharedCacheBase):
             sharing=self.sharing,
             private_layers=self.private_layers,
             max_cache_len=self.max_cache_len,
+            keep_all_tokens=self.keep_all_tokens,
             low_rank_dtype=self.low_rank_dtype,
             check_tokens=self.check_tokens,
             cuda_graphs=self.cuda_graphs,
@@ -453,6 +501,8 @@ class SharedLoRACache(SharedCacheBase):
         copy._trajectory = self._trajectory.clone()
         copy._ropes = {key: (cos.clone(), sin.clone()) for key, (cos, sin) in self._ropes.items()}
         copy._policy, copy._last_agent, copy._last_state = self._policy, self._last_agent, self._last_state
+        copy._window, copy._mark, copy._full_at = self._window, self._mark, self._full_at
+        copy._last_runner, copy._recording = self._last_runner, self._recording
         for name in ("_coverage", "_rope_length", "_identities", "_first_token", "_agents"):
             setattr(copy, name, dict(getattr(self, name)))
         copy._down_difference = self._down_difference
@@ -480,7 +530,15 @@ class SharedLoRACache(SharedCacheBase):
             )
         self._attachment = attachment
         self._graphs.clear()
-        self.layers = [SharedLoRALayer(self, self.max_cache_len) for _ in attachment.layers]
+        windows = sliding_windows(attachment.decoder.config)
+        # One mask serves all sliding layers, so they hold the same tokens.
+        self._window = max(windows.values(), default=None)
+        self.layers = [
+            SharedLoRALayer(
+                self, self.max_cache_len, self._window if index in windows else None, not self.keep_all_tokens
+            )
+            for index in range(len(attachment.layers))
+        ]
         self._forget()
 
     def _check_model(self, root: nn.Module) -> None:
@@ -635,7 +693,9 @@ class SharedLoRACache(SharedCacheBase):
                 self._drop_entries(name)
                 # Keys and values of tokens that it processed, and of all that attended to them, are those of weights that
                 # no longer exist.
-                self._truncate(min(first, self.trajectory_length))
+                first = min(first, self.trajectory_length)
+                # Where the window before it is gone, nothing of the trajectory can be gone on from.
+                self._truncate(first if self._can_go_back(first) else 0)
 
     def _drop_entries(self, name: str) -> None:
         self._identities.pop(name, None)
@@ -654,6 +714,7 @@ class SharedLoRACache(SharedCacheBase):
             self._coverage.pop(key, None)
             for layer in self.layers:
                 layer.entries.pop(key, None)
+                layer.tails.pop(key, None)
 
     def _resolve(self, attachment: Attachment, contents: dict[str, tuple]) -> Policy:
         """The policy for the adapters that are loaded now.
@@ -722,7 +783,8 @@ class SharedLoRACache(SharedCacheBase):
         if self._policy is None:
             return 0 if agent else length
         readers = self._policy.readers(agent)
-        return min([length, *(self._coverage.get(entry.key, 0) for entry, _ in readers)])
+        covered = min([length, *(self._coverage.get(entry.key, 0) for entry, _ in readers)])
+        return covered if self._held_before(agent, covered) else 0
 
     def _seen_length(self, agent: Agent) -> int:
         """Coverage, less a last token that is to be run again."""
@@ -741,14 +803,145 @@ class SharedLoRACache(SharedCacheBase):
             )
 
     def _truncate(self, length: int) -> None:
+        """Forget tokens from ``length`` on; :meth:`_can_go_back` has been asked."""
+        for layer in self._sliding_layers():
+            for buffer in (*layer.base(), *layer.norm_windows()):
+                buffer.go_back(length)
+        gone = []
+        for key, tokens in self._coverage.items():
+            buffers = [buffer for layer in self._sliding_layers() for buffer in layer.entry_windows(key)]
+            if tokens > length:
+                for buffer in buffers:
+                    buffer.go_back(length)
+                if not all(buffer.covers(length) for buffer in buffers):
+                    gone.append(key)
+        self._drop_keys(gone)
         self._trajectory.truncate(length)
         self._coverage = {key: min(tokens, length) for key, tokens in self._coverage.items()}
         self._rope_length = {key: min(tokens, length) for key, tokens in self._rope_length.items()}
         self._first_token = {name: first for name, first in self._first_token.items() if first < length}
+        self._mark = min(self._mark, length)
         for layer in self.layers:
             layer.expanded_length = min(layer.expanded_length, length)
+            # Who has not stopped before the end goes on with what all have.
+            layer.tails = {key: tail for key, tail in layer.tails.items() if self._coverage.get(key, length) < length}
             if length == 0:
                 layer.reset()
+        self._trim(self._mark)
+
+    # ---- sliding layers --------------------------------------------------------------------------------------------
+
+    def _sliding_layers(self) -> list[SharedLoRALayer]:
+        """Layers that let go of tokens."""
+        return [layer for layer in self.layers if layer.trims]
+
+    def _window_start(self, position: int) -> int:
+        """First token that a sliding layer reads for a token at ``position``."""
+        return 0 if self._window is None else max(0, position - self._window + 1)
+
+    def _window_before(self, agent: Agent, start: int) -> tuple[int, bool]:
+        """First token that sliding layers read in a pass from ``start`` on, and whether what is before ``start`` is gone.
+
+        Then the pass reads nothing of it. Only a pass through tokens that are covered can be so.
+        """
+        if start + 1 >= self.trajectory_length or self._held_before(agent, start):
+            return self._window_start(start), False
+        return start, True
+
+    def _held_before(self, agent: Agent, position: int) -> bool:
+        """Whether sliding layers hold what the agent reads for the token at ``position`` and those after it."""
+        if self._window is None or self.keep_all_tokens or position in (0, self.trajectory_length):
+            return True
+        assert self._policy is not None
+        keys = [entry.key for entry, _ in self._policy.readers(agent)]
+        lowest = self._window_start(position)
+        for layer in self._sliding_layers():
+            if layer.tail_before(position, lowest, keys)[0] is None and not all(
+                b.start <= lowest for b in layer.base()
+            ):
+                return False
+            if not all(buffer.start <= lowest for key in keys for buffer in layer.entry_windows(key)):
+                return False
+        return True
+
+    def _keep_from(self, stop: int) -> int:
+        """The first token that sliding layers keep after a pass that ends at ``stop``."""
+        return 0 if self._window is None or self._recording else max(0, stop - window_and_margin(self._window))
+
+    def _next_mark(self, agent: Agent, stop: int) -> int:
+        """Where the turn began that a pass up to token ``stop`` belongs to."""
+        length = self.trajectory_length
+        begins = self._new_turn if self._in_prompt else stop > length + 1 or agent != self._last_runner
+        return length if begins else self._mark
+
+    def _can_go_back(self, length: int) -> bool:
+        """Whether every sliding layer holds the window before token ``length``."""
+        if length in (0, self.trajectory_length):
+            return True
+        return all(b.covers(length) or b.keeps(length) for layer in self._sliding_layers() for b in layer.base())
+
+    def _way_back(self) -> str:
+        """How far ``crop`` can go, in words."""
+        assert self._window is not None
+        length = self.trajectory_length
+        lowest = self._window + max(buffer.start for layer in self._sliding_layers() for buffer in layer.base())
+        text = f"up to {length - lowest} tokens, crop(-{length - lowest})"
+        if 0 < self._mark < lowest and self._can_go_back(self._mark):
+            text += f", or to the start of the turn, crop(-{length - self._mark})"
+        return text
+
+    def _commit_windows(self, now: ForwardPass) -> None:
+        """Sliding layers let go of what is needed no longer: not by agents that have stopped before the end, either."""
+        length = self.trajectory_length
+        for layer in self.layers:
+            staged, layer.staged_tail = layer.staged_tail, None
+            for entry, start in now.writers:
+                if start < now.stop:
+                    layer.tails.pop(entry.key, None)
+                    if staged is not None and self._coverage[entry.key] < length:
+                        layer.tails[entry.key] = staged
+        for layer in self._sliding_layers():
+            for buffer in layer.base():
+                if buffer.staged_start is not None:
+                    self._save_tails(layer, buffer.staged_start)
+            for buffer in layer.windows():
+                buffer.commit()
+        self._trim(now.mark)
+
+    def _save_tails(self, layer: SharedLoRALayer, first: int) -> None:
+        length = self.trajectory_length
+        layer.save_tails(first, {key: tokens for key, tokens in self._coverage.items() if 0 < tokens < length})
+
+    def _trim(self, mark: int) -> None:
+        """Let go of tokens where there is no room for a further one; find out when that will be the next time."""
+        length, full = self.trajectory_length, []
+        for layer in self._sliding_layers():
+            held = [(buffer, length) for buffer in layer.base()]
+            held += [(buffer, self._rope_length.get(NORMS, 0)) for buffer in layer.norm_windows()]
+            held += [
+                (buffer, self._coverage.get(key, 0)) for key in layer.entries for buffer in layer.entry_windows(key)
+            ]
+            for buffer, tokens in held:
+                if tokens - buffer.start >= buffer.room and not self._recording:
+                    if tokens == length:
+                        self._save_tails(layer, tokens - buffer.keep)
+                    buffer.trim(tokens, mark)
+                buffer.forget_other_marks(mark)
+                if tokens == length:
+                    full.append(buffer.start + buffer.room)
+        self._full_at = min(full, default=None)
+        self._windows_at += 1
+
+    def _align(self, windows: list[WindowBuffer]) -> int:
+        """Make sliding layers, all of whose tokens up to the last one are valid, begin at the same token; returns it."""
+        first = max(buffer.start for buffer in windows)
+        if any(buffer.start != first for buffer in windows):
+            for layer in self._sliding_layers():
+                self._save_tails(layer, first)
+            for buffer in windows:
+                buffer.trim(self.trajectory_length, self._mark, first)
+            self._trim(self._mark)
+        return first
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
@@ -766,12 +959,15 @@ class SharedLoRACache(SharedCacheBase):
     @contextmanager
     def _prompt(self, length: int, limit: int | None) -> Iterator[None]:
         """A ``generate`` call whose prompt of ``length`` tokens was checked; ``limit``: run again from there."""
-        self._in_prompt, self._prompt_length, self._limit = True, length, limit
+        self._in_prompt, self._prompt_length, self._limit, self._new_turn = True, length, limit, True
         self._graphs.start_turn()
         try:
             yield
         finally:
-            self._in_prompt, self._prompt_length, self._limit = False, 0, None
+            self._in_prompt, self._prompt_length, self._limit, self._new_turn = False, 0, None, False
+            if self._recording:
+                self._recording = False
+                self._trim(self._mark)
 
     def _not_while_running(self, what: str) -> None:
         now = forward_scope.get()
@@ -789,15 +985,24 @@ class SharedLoRACache(SharedCacheBase):
 
     def _prepare_storage(self, now: ForwardPass) -> None:
         """The expanded keys are one agent's; another agent starts without."""
-        if self._expanded_agent != now.agent:
+        if self._unfinished and self._window is not None:
+            # What a pass that failed has left.
+            for layer in self.layers:
+                layer.discard()
+        self._unfinished = True
+        if self._expanded_agent != now.agent or now.blind:
             for layer in self.layers:
                 layer.release_expanded()
             self._expanded_agent = now.agent
 
     _expanded_agent: Agent | None = None
+    _unfinished = False
 
     def _commit(self, now: ForwardPass) -> None:
         """Make the tokens of a finished pass part of the cache."""
+        self._unfinished = False
+        if now.blind:
+            return
         if now.stop > now.previous:
             new = now.previous - now.start
             ids, positions = now.ids[:, new:], now.positions
@@ -814,6 +1019,11 @@ class SharedLoRACache(SharedCacheBase):
             self._rope_length[key] = length
         self._agents.setdefault(now.agent)
         self._limit = None
+        if self._window is not None:
+            full = self._full_at is not None and self.trajectory_length >= self._full_at
+            if full or now.staged or now.stop - now.start > 1 or now.stop < now.previous or now.mark != self._mark:
+                self._commit_windows(now)
+        self._mark, self._last_runner, self._new_turn = now.mark, now.agent, False
 
 
 def _mentions(frame_locals: dict[str, Any], cache: SharedLoRACache) -> bool:

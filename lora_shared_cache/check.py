@@ -22,9 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from .adapters import check_model_wide
 from .attach import attach, attachment_of, detach
 from .attachment import PROJECTIONS
+from .buffers import window_and_margin
 from .cache import SharedLoRACache
 from .digest import digest
 from .errors import UnsupportedAdapterError, UnsupportedModelError
+from .storage import sliding_windows
 
 CONTEXTS = (8192, 32768, 131072)
 # Sizes that attention does not depend on, and what they are for the trial.
@@ -51,6 +53,8 @@ class CheckResult:
         shared_a: the adapters have the same A's on k_proj and v_proj.
         ranks: by adapter, the numbers per token and layer that are stored (r_k + r_v), averaged over the layers.
         bytes_per_token: "base" (K and V of all layers), "low_rank" by adapter; in the config's dtype (bfloat16 if it names none).
+        window: tokens that layers with a sliding window read; None: there are no such layers.
+        sliding_share: the part of "base" that is theirs (and of "low_rank", where adapters are alike on all layers).
         notes: what is worth knowing besides.
     """
 
@@ -63,6 +67,8 @@ class CheckResult:
     shared_a: bool | None = None
     ranks: dict[str, float] = field(default_factory=dict)
     bytes_per_token: dict[str, Any] = field(default_factory=dict)
+    window: int | None = None
+    sliding_share: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -71,10 +77,24 @@ class CheckResult:
         return not self.refused
 
     def memory(self, context: int) -> dict[str, float]:
-        """Bytes for a context: "shared", and "non_shared" with one cache per adapter."""
+        """Bytes for a context: "shared", and "non_shared" with one cache per adapter.
+
+        Layers with a sliding window count with the most that they hold: the window and its margins, a window at the start of the
+        turn, and, unless the adapters share A, one for each other agent to go on from; a ``DynamicCache`` with its window.
+        """
         base, low_rank = self.bytes_per_token["base"], self.bytes_per_token["low_rank"]
         stored = max(low_rank.values(), default=0) if self.shared_a else sum(low_rank.values())
-        return dict(shared=context * (base + stored), non_shared=context * base * max(1, len(low_rank)))
+        agents = max(1, len(low_rank))
+        full, sliding = 1 - self.sliding_share, self.sliding_share
+        held = seen = others = 0
+        if self.window is not None:
+            held = min(context, 2 * window_and_margin(self.window))
+            seen = min(context, self.window - 1)
+            others = 0 if self.shared_a else (agents - 1) * min(context, self.window)
+        return dict(
+            shared=(context * full + held * sliding) * (base + stored) + others * sliding * base,
+            non_shared=(context * full + seen * sliding) * base * agents,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain numbers and texts."""
@@ -152,7 +172,7 @@ def check(model: str | Path, adapters: dict[str, str | Path] | None = None) -> C
         result.policies = ["base_shared", "lr_precomputed"]
         if result.shared_a:
             result.policies.insert(0, "base_lr_shared")
-        result.notes += _notes(text_config)
+        result.notes += _notes(result)
     return result
 
 
@@ -173,15 +193,18 @@ def _describe(whole: Any, config: Any, configs: dict[str, PeftConfig], result: C
     attach(peft_model)
     attachment = attachment_of(peft_model)
     assert attachment is not None
-    base = 0
-    for layer in attachment.layers.values():
+    base = sliding = 0
+    windows = sliding_windows(config)
+    for index, layer in attachment.layers.items():
         for which in PROJECTIONS:
+            sliding += layer.out_features(which) if index in windows else 0
             base += layer.out_features(which)
             projection = layer.projection(which)
             for name in configs:
                 if hasattr(projection, "lora_A") and name in projection.lora_A:
                     numbers[name] += projection.lora_A[name].weight.shape[0]
     result.ranks = {name: n / len(attachment.layers) for name, n in numbers.items()}
+    result.window, result.sliding_share = max(windows.values(), default=None), sliding / base
     result.bytes_per_token = dict(base=base * size, low_rank={name: n * size for name, n in numbers.items()})
     detach(peft_model)
 
@@ -273,11 +296,11 @@ def _share_a(weights: dict[str, dict[str, torch.Tensor]]) -> bool:
     return bool(seen)
 
 
-def _notes(config: Any) -> list[str]:
-    notes = []
-    window = getattr(config, "sliding_window", None)
-    if window and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
-        notes.append(
-            f"layers with a sliding window of {window} keep all tokens in a shared cache; DynamicCache keeps {window}"
-        )
-    return notes
+def _notes(result: CheckResult) -> list[str]:
+    if result.window is None:
+        return []
+    more = 2 * (window_and_margin(result.window) - result.window)
+    return [
+        f"{result.sliding_share:.0%} of K and V are in layers with a sliding window of {result.window} tokens, which keep those "
+        f"and up to {more} more"
+    ]

@@ -33,7 +33,7 @@ from .rows import (
     up_of_rows,
 )
 from .scopes import forward_scope, layer_scope
-from .storage import SharedCacheBase, SharedLoRALayer
+from .storage import SharedCacheBase, SharedLoRALayer, Tail
 from .trajectory import UNKNOWN_TOKEN
 
 if TYPE_CHECKING:
@@ -59,11 +59,15 @@ class Slot:
         index: () int64, its position in the trajectory.
         length: (B,) int64, tokens including it; the same for all rows.
         capacity: tokens that fit into every buffer; what the layers see has this length.
+        first: () int64, trajectory position of the buffers' first token; None: 0.
+        window: the same for sliding layers that keep only their last tokens; None: there are none.
     """
 
     index: torch.Tensor
     length: torch.Tensor
     capacity: int
+    first: torch.Tensor | None = None
+    window: Slot | None = None
 
 
 @dataclass
@@ -87,6 +91,13 @@ class ForwardPass:
             tokens that are then known.
         slot: set in a step whose lengths only the device knows.
         products: set with it, how such a step computes its down-projections.
+        lengths: tokens of each entry before the pass.
+        window_start: first token that sliding layers read.
+        keep_from: sliding layers need not store tokens before this one.
+        mark: start of the turn, to which ``crop`` can always go back.
+        blind: the tokens before the pass are no longer held by sliding layers. Such a pass only walks through tokens that are
+            covered; nothing of it is stored, and its output is made unusable.
+        staged: a sliding layer has something to let go of when the pass is committed.
     """
 
     attachment: Attachment
@@ -106,11 +117,13 @@ class ForwardPass:
     rope_lengths: dict[str, int] = field(default_factory=dict)
     slot: Slot | None = None
     products: DownProducts | None = None
-
-    @property
-    def seen(self) -> int:
-        """Tokens of the buffers that the layers are shown; with a slot, ``slot.length`` of them are valid."""
-        return self.stop if self.slot is None else self.slot.capacity
+    lengths: dict[EntryKey, int] = field(default_factory=dict)
+    window_start: int = 0
+    keep_from: int = 0
+    mark: int = 0
+    blind: bool = False
+    staged: bool = False
+    window_ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def commit(self) -> None:
         """Make the pass's tokens part of the cache."""
@@ -156,9 +169,131 @@ class LayerPass:
         if layer.layer_idx in forward_pass.cache.private_layers:
             self.private = private_key(forward_pass.agent)
         self.stored = self.attended = False
+        self.slides = self.storage.window is not None
+        # A sliding layer that keeps all tokens has no slot of its own.
+        self.slot = forward_pass.slot
+        if self.slot is not None and self.storage.trims:
+            self.slot = self.slot.window
+        # On a sliding layer: what this pass reads of each kind of entries, and what it has computed itself, from which token on.
+        self._read: dict[tuple[EntryKey, str], torch.Tensor] = {}
+        self._computed: dict[tuple[EntryKey, str], tuple[int, torch.Tensor]] = {}
         # With a slot: what is to be written for the new token, and its low-rank entries until then.
         self._tokens: list[tuple[TokenBuffer, torch.Tensor]] = []
         self._fresh: dict[EntryKey, torch.Tensor] = {}
+
+    # ---- sliding layers --------------------------------------------------------------------------------------------
+    # Of ``length`` stored tokens the last ``window`` are what a sliding layer shares: a pass that runs tokens again reads those
+    # from the storage, and takes what it computes itself for those before. So its numbers don't depend on what happens to be
+    # held still, and tokens outside of the window are needed by nobody.
+
+    @property
+    def start(self) -> int:
+        """First token that the layer reads."""
+        return self.forward_pass.window_start if self.slides else 0
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the buffers that the layer is shown in a step whose lengths only the device knows."""
+        assert self.slot is not None
+        return self.slot.capacity
+
+    def _own_until(self, length: int) -> int:
+        """The token from which on stored numbers are read, where ``length`` are stored."""
+        now, window = self.forward_pass, self.storage.window
+        assert window is not None
+        return min(max(length - window, now.start), now.stop)
+
+    def _store(self, buffer: TokenBuffer, length: int, new: torch.Tensor, first: int) -> bool:
+        """Append what is new of tokens ``first ... stop``; returns whether the storage has to be committed."""
+        now = self.forward_pass
+        if length >= now.stop:
+            return False
+        n = now.stop - length
+        staged = buffer.append(length, new.narrow(buffer.token_dim, length - first, n), now.keep_from, now.mark)
+        now.staged |= staged
+        return staged
+
+    def _slide(
+        self,
+        buffer: TokenBuffer,
+        length: int,
+        new: torch.Tensor,
+        first: int,
+        start: int,
+        past: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Store what is new of one kind of numbers, and return what this pass reads of it.
+
+        Args:
+            buffer, length: where it is stored, and how many tokens were stored before the pass.
+            new: that of tokens ``first ... stop``, computed in this pass.
+            start: first token to return.
+            past: that of tokens ``start ...`` up to the pass; None: as stored.
+
+        Returns:
+            That of tokens ``start ... stop``.
+        """
+        now, dim = self.forward_pass, buffer.token_dim
+        own = self._own_until(length)
+        staged = self._store(buffer, length, new, first)
+        if own == now.start and past is None and not staged:
+            return buffer.view(now.stop, start)
+        parts = []
+        if start < now.start:
+            parts.append(buffer.view(now.start, start) if past is None else past)
+        if now.start < own:
+            parts.append(new.narrow(dim, now.start - first, own - now.start))
+        if own < min(length, now.stop):
+            parts.append(buffer.view(min(length, now.stop), own))
+        if length < now.stop:
+            parts.append(new.narrow(dim, max(length, own) - first, now.stop - max(length, own)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    def _pending(self) -> list[tuple[Entry, int]]:
+        """The entries of which numbers are computed in this pass, and from which token on."""
+        now = self.forward_pass
+        found = {entry: start for entry, start in now.writers if start < now.stop}
+        if self.slides:
+            found.update(
+                (entry, now.start)
+                for entry, _ in now.readers
+                if self._own_until(now.lengths.get(entry.key, 0)) > now.start
+            )
+        return list(found.items())
+
+    def _take(self, entry: Entry, which: str, first: int, new: torch.Tensor) -> None:
+        """Store numbers of an entry for tokens ``first ... stop``; on a sliding layer they are also kept for this pass."""
+        now = self.forward_pass
+        if not self.slides:
+            self.storage.write_entry(entry.key, which, first, new)
+            return
+        buffer, length = self.storage.entry(entry.key, which), now.lengths.get(entry.key, 0)
+        self._computed[entry.key, which] = first, new
+        if any(entry == reader for reader, _ in now.readers):
+            self._read[entry.key, which] = self._slide(buffer, length, new, first, self.start)
+        else:
+            self._store(buffer, length, new, first)
+
+    def _numbers(self, key: EntryKey, which: str, start: int) -> torch.Tensor:
+        """Numbers of an entry for tokens ``start ... stop`` of this pass."""
+        now, buffer = self.forward_pass, self.storage.entries[key][which]
+        if (key, which) in self._read:
+            return self._read[key, which].narrow(buffer.token_dim, start - self.start, now.stop - start)
+        first, new = self._computed.get((key, which), (now.stop, None))
+        if new is None:
+            return buffer.view(now.stop, start)
+        if first <= start:
+            return new.narrow(buffer.token_dim, start - first, now.stop - start)
+        return torch.cat((buffer.view(first, start), new), buffer.token_dim)
+
+    def _entries(self, key: EntryKey, which: str) -> torch.Tensor:
+        """What the layer reads of an entry."""
+        buffer = self.storage.entries[key][which]
+        if self.slot is not None:
+            return buffer.slots(self.seen)
+        if (key, which) in self._read:
+            return self._read[key, which]
+        return buffer.view(self.forward_pass.stop, self.start)
 
     # ---- projections -----------------------------------------------------------------------------------------------
 
@@ -187,7 +322,7 @@ class LayerPass:
 
     def _write_entries(self, which: str, module: Any, x: torch.Tensor, dtype: torch.dtype) -> None:
         now = self.forward_pass
-        pending = [(entry, start) for entry, start in now.writers if start < now.stop and not entry.gains]
+        pending = [(entry, start) for entry, start in self._pending() if not entry.gains]
         if not pending:
             return
         key = ("down", x.device, self.layer.layer_idx, which, tuple(entry for entry, _ in pending))
@@ -213,7 +348,7 @@ class LayerPass:
             elif ones:
                 part = torch.cat((part, part.new_ones(*part.shape[:-1], 1)), dim=-1)
             if now.slot is None:
-                self.storage.write_entry(entry.key, which, start, part.to(dtype))
+                self._take(entry, which, start, part.to(dtype))
             else:
                 self._put(entry.key, which, part)
                 if which == "k_proj":
@@ -236,17 +371,19 @@ class LayerPass:
         if now.slot is not None:
             shared = own
             self._tokens.append((storage.base_rms, own))
+        elif self.slides:
+            shared = self._slide(storage.base_rms, known, own, now.start, now.start)
         else:
             if known < now.stop:
                 storage.base_rms.write(known, own[:, :, known - now.start :])
             shared = storage.base_rms.view(now.stop, now.start)
-        for entry, start in now.writers:
+        for entry, start in self._pending():
             names = tuple(peft_adapters.names_on(module, entry.names))
-            if start >= now.stop or not names or entry.shared:
+            if not names or entry.shared:
                 continue
             source = Entry(SHARED_ENTRY, now.group, shared=True) if entry.gains else entry
             if now.slot is None:
-                a = storage.entries[source.key]["k_proj"].view(now.stop, start)
+                a = self._numbers(source.key, "k_proj", start)
             elif source.key in self._fresh:
                 a = self._fresh[source.key]
             else:
@@ -260,7 +397,7 @@ class LayerPass:
             gains = dict(gain=shared[:, :, start - now.start :] / adapted, delta_gain=1 / adapted)
             for which, numbers in gains.items():
                 if now.slot is None:
-                    storage.write_entry(entry.key, which, start, numbers)
+                    self._take(entry, which, start, numbers)
                 else:
                     self._put(entry.key, which, numbers)
 
@@ -269,37 +406,73 @@ class LayerPass:
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store what is new of the base K/V (B, Hk, n, D); return tokens 0 ... stop (with a slot: the whole capacity).
 
-        On a private layer: of the agent's own K/V.
+        On a private layer: of the agent's own K/V. On a sliding layer: tokens from the window of the first one on.
         """
         now, self.stored = self.forward_pass, True
         if self.private is not None:
             return self._update_private(self.private, key_states, value_states)
-        if now.slot is not None:
+        if self.slot is not None:
             # The entries of this token, which the projections left, go with it.
             self._tokens += [(self.storage.base_keys, key_states), (self.storage.base_values, value_states)]
-            append_token(now.slot.index, self._tokens)
+            append_token(self.slot.index, self._tokens)
             self._tokens = []
-        elif now.stop > now.previous:
+            return self.storage.base_keys.slots(self.seen), self.storage.base_values.slots(self.seen)
+        if self.slides:
+            return self._update_sliding(key_states, value_states)
+        if now.stop > now.previous:
             new = now.previous - now.start
             self.storage.write_base(now.previous, key_states[:, :, new:], value_states[:, :, new:])
-        return self.storage.base_keys.view(now.seen), self.storage.base_values.view(now.seen)
+        return self.storage.base_keys.view(now.stop), self.storage.base_values.view(now.stop)
+
+    def _update_sliding(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        now, storage = self.forward_pass, self.storage
+        if now.previous == 0 or not storage.is_initialized:
+            storage.lazy_initialization(key_states, value_states)
+        past: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if self.start < now.start < now.previous:
+            past = storage.tail_before(now.start, self.start, (entry.key for entry, _ in now.readers))
+        keys, values = (
+            self._slide(buffer, now.previous, states, now.start, self.start, before)
+            for buffer, states, before in zip(
+                (storage.base_keys, storage.base_values), (key_states, value_states), past, strict=True
+            )
+        )
+        storage.staged_tail = None
+        if now.stop < now.previous and not now.blind:
+            # The agent is not there yet: what its next token needs is held by nobody else.
+            assert storage.window is not None
+            first = max(0, now.stop - storage.window)
+            storage.staged_tail = Tail(
+                first, keys[:, :, first - self.start :].clone(), values[:, :, first - self.start :].clone()
+            )
+        return keys, values
 
     def _update_private(
         self, key: EntryKey, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        now = self.forward_pass
-        if now.slot is None:
+        now, storage = self.forward_pass, self.storage
+        if self.slot is None and self.slides:
+            if now.previous == 0 or not storage.is_initialized:
+                storage.lazy_initialization(key_states, value_states)
+            length = now.lengths.get(key, 0)
+            parts = (storage.entry(key, "k_proj"), key_states), (storage.entry(key, "v_proj"), value_states)
+            keys, values = (self._slide(buffer, length, states, now.start, self.start) for buffer, states in parts)
+            return keys, values
+        if self.slot is None:
             for entry, start in now.writers:
                 if entry.key == key and start < now.stop:
                     new = start - now.start
-                    self.storage.write_private(key, start, key_states[:, :, new:], value_states[:, :, new:])
-        buffers = self.storage.private(key)
+                    storage.write_private(key, start, key_states[:, :, new:], value_states[:, :, new:])
+        buffers = storage.private(key)
         if buffers is None:
             raise NotReserved
-        keys, values = buffers
-        if now.slot is not None:
-            append_token(now.slot.index, [(keys, key_states), (values, value_states)])
-        return keys.view(now.seen), values.view(now.seen)
+        own_keys, own_values = buffers
+        if self.slot is not None:
+            append_token(self.slot.index, [(own_keys, key_states), (own_values, value_states)])
+            return own_keys.slots(self.seen), own_values.slots(self.seen)
+        return own_keys.view(now.stop), own_values.view(now.stop)
 
     # ---- attention -------------------------------------------------------------------------------------------------
 
@@ -309,12 +482,14 @@ class LayerPass:
         On a private layer K/V are the agent's own, and there is no low-rank part.
         """
         self.attended = True
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = self._mask_of_window(kwargs["attention_mask"], key.shape[2])
         key_low_rank, key_up = self._low_rank("k_proj")
         value_low_rank, value_up = self._low_rank("v_proj")
         index = None
         if rows_of(self.forward_pass.agent) is not None and not (key_up is None and value_up is None):
             index = self._index_of_rows(query.device)
-        layout, slot = self.layer.layout if self.private is None else NO_ROTATION, self.forward_pass.slot
+        layout, slot = self.layer.layout if self.private is None else NO_ROTATION, self.slot
         assert layout is not None
         backend = attention_backend()
         if backend is None and not query.is_cuda:
@@ -330,7 +505,7 @@ class LayerPass:
             key_low_rank = key_up = gain = delta_gain = None
         cos = sin = None
         if key_low_rank is not None and layout.rotary_dim:
-            cos, sin = self._rope(0)
+            cos, sin = self._rope()
         if backend == "reference":
             attention: Callable[..., Any] = flash_lora_attention_reference
         else:
@@ -372,7 +547,7 @@ class LayerPass:
             names_here = tuple(peft_adapters.names_on(module, names))
             if not names_here or entry.gains:
                 continue
-            entries.append(self.storage.entries[entry.key][which].view(now.seen))
+            entries.append(self._entries(entry.key, which))
             ups.append(self._up(which, module, entry, names_here, normed=which == "k_proj"))
         if not entries:
             return None, None
@@ -386,7 +561,7 @@ class LayerPass:
         if not sources:
             return None, None
         ups = self._ups_of_rows(which, module, normed=which == "k_proj")
-        stored = [self.storage.entries[entry.key][which].view(self.forward_pass.seen) for entry, _ in sources]
+        stored = [self._entries(entry.key, which) for entry, _ in sources]
         if len(stored) == 1 and stored[0].shape[-1] == ups.shape[2]:
             # Rows that do not read it have no up-projection.
             return stored[0], ups
@@ -450,16 +625,47 @@ class LayerPass:
         if rows_of(now.agent) is not None:
             # Rows without an adapter read the base key as it is.
             sources = self._sources_of_rows(module, lambda entry: not entry.shared)
-            parts = [(self.storage.entries[e.key][which].view(now.seen), rows) for e, rows in sources]
+            parts = [(self._entries(entry.key, which), rows) for entry, rows in sources]
             return join_rows(parts, 1, fill=1.0).squeeze(-1).expand(-1, heads, -1)
         for entry, names in now.readers:
             if not entry.shared and peft_adapters.names_on(module, names):
-                return self.storage.entries[entry.key][which].view(now.seen).squeeze(-1).expand(-1, heads, -1)
+                return self._entries(entry.key, which).squeeze(-1).expand(-1, heads, -1)
         raise RuntimeError(f"{self.layer.name}: nobody computed the norms of its keys")
 
-    def _rope(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.forward_pass.cache._rope_buffers(self.layer.rope_key)
-        return cos.view(self.forward_pass.seen, start), sin.view(self.forward_pass.seen, start)
+    def _rope(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos/sin of the tokens that the layer reads."""
+        now, key = self.forward_pass, self.layer.rope_key
+        cos, sin = now.cache._rope_buffers(key)
+        if self.slot is None:
+            return cos.view(now.stop, self.start), sin.view(now.stop, self.start)
+        if self.slot.first is None:
+            return cos.view(self.seen), sin.view(self.seen)
+        if key not in now.window_ropes:
+            # They are few numbers, once for all layers, so those of all tokens are kept; a window of them begins anywhere.
+            assert cos.data is not None and sin.data is not None
+            places = torch.arange(self.seen, device=cos.device) + self.slot.first
+            places = places.clamp_(max=cos.capacity - 1)
+            now.window_ropes[key] = cos.data.index_select(-2, places), sin.data.index_select(-2, places)
+        return now.window_ropes[key]
+
+    def _mask_of_window(self, mask: torch.Tensor, keys: int) -> torch.Tensor:
+        """A mask of the caller's own covers all tokens; a sliding layer has only its last ones."""
+        now = self.forward_pass
+        if not self.slides or self.slot is not None or mask.dim() != 4 or mask.shape[-1] == keys:
+            return mask
+        if mask.shape[-1] != now.stop:
+            raise TrajectoryError(
+                f"the attention_mask has {mask.shape[-1]} columns, expected {now.stop}, one for each token, or {keys}, one for "
+                f"each that {self.layer.name} reads"
+            )
+        hidden = mask[..., : now.stop - keys]
+        visible = hidden if hidden.dtype == torch.bool else hidden > torch.finfo(hidden.dtype).min / 2
+        if bool(visible.any()):
+            raise TrajectoryError(
+                f"the attention_mask shows {self.layer.name} tokens before {now.stop - keys}, which are outside of its sliding "
+                f"window of {self.storage.window} and not kept. Mask them, or leave the attention_mask to the model"
+            )
+        return mask[..., now.stop - keys :]
 
     def _expanded_keys(
         self,
@@ -469,20 +675,30 @@ class LayerPass:
         gain: torch.Tensor | None,
         delta_gain: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Base plus low-rank keys (B, Hk, stop, D), of which only tokens not yet expanded are computed."""
+        """Base plus low-rank keys (B, Hk, T, D) of the tokens that the layer reads; only those not yet expanded are computed."""
         now, storage, layout = self.forward_pass, self.storage, self.layer.layout
         assert layout is not None
-        start = min(storage.expanded_length, now.start)
-        delta = low_rank[:, None, start:].to(up.dtype) @ up
+        first = self.start
+        if storage.expanded.start > first or storage.expanded_length < first:
+            storage.release_expanded()
+        expanded, start = storage.expanded, max(first, min(storage.expanded_length, now.start))
+        low_rank, base = low_rank[:, start - first :], key[:, :, start - first :]
+        delta = low_rank[:, None].to(up.dtype) @ up
         if layout.rotary_dim:
-            cos, sin = self._rope(start)
-            delta = layout.rotate(delta, cos.to(up.dtype), sin.to(up.dtype))
-        base = key[:, :, start:]
+            cos, sin = (t[:, start - first :].to(up.dtype) for t in self._rope())
+            delta = layout.rotate(delta, cos, sin)
         if gain is not None and delta_gain is not None:
-            base, delta = base * gain[:, :, start:, None], delta * delta_gain[:, :, start:, None]
-        storage.expanded.write(start, (delta + base).to(key.dtype))
+            base = base * gain[:, :, start - first :, None]
+            delta = delta * delta_gain[:, :, start - first :, None]
+        new = (delta + base).to(key.dtype)
+        # What is kept for speed alone is never needed back.
+        if expanded.append(start, new, now.keep_from, 0):
+            out = new if start == first else torch.cat((expanded.view(start, first), new), dim=2)
+            expanded.commit()
+        else:
+            out = expanded.view(now.stop, first)
         storage.expanded_length = now.stop
-        return storage.expanded.view(now.stop)
+        return out
 
 
 def _down_plan(
@@ -575,6 +791,9 @@ def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str
                     if out is None:
                         with forward_scope(now):
                             out = call_original(attachment.decoder, **kwargs)
+                if now.blind:
+                    # Generate throws it away; nobody shall take it for an answer.
+                    out[0].fill_(float("nan"))
                 now.commit()
             finally:
                 attachment.leave()
@@ -695,8 +914,9 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
     padded = looks and mask is not None and not bool(mask.all())
     policy = cache._policy
     assert policy is not None
+    window_start, blind = cache._window_before(agent, start)
     writers = []
-    for entry in policy.writers(agent):
+    for entry in () if blind else policy.writers(agent):
         written = cache._coverage.get(entry.key, 0)
         if written >= start:
             # A cache with a gap before `start` can't be appended to; its adapter fills it on its own turn.
@@ -715,6 +935,11 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
         positions=position_ids,
         attention_mask=mask,
         padded=padded,
+        lengths=dict(cache._coverage),
+        window_start=window_start,
+        keep_from=cache._keep_from(stop),
+        mark=cache._next_mark(agent, stop),
+        blind=blind,
     )
     cache._prepare_storage(now)
     return now, kwargs

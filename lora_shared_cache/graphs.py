@@ -9,6 +9,7 @@ captured for is compared: storage, adapters, weights. What can't be captured run
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from .attachment import Attachment, call_original
 from .attention import attention_backend
-from .buffers import MAX_SLACK, NotReserved, TokenBuffer, allocations
+from .buffers import MAX_SLACK, NotReserved, TokenBuffer, WindowBuffer, allocations
 from .forward import ForwardPass, Slot
 from .products import DownProducts
 from .scopes import forward_scope
@@ -83,6 +84,7 @@ class _Step:
     Attributes:
         ids, positions: (B, 1) and (B or 1, 1) int64, its inputs.
         slot: where the token goes.
+        capacities: of the buffers, and of those of sliding layers that let go of tokens, if there are any.
         products: how its down-projections are computed.
         graph: None until it is captured.
         fingerprint: all addresses and versions it was captured for.
@@ -91,11 +93,13 @@ class _Step:
         useless: captures in a row that served less than two steps.
         served: steps since the last capture.
         ran_with: identity of the weights with which it has run uncaptured.
+        first, windows_at: the first token that sliding layers held, and the cache's count of when that was.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     slot: Slot
+    capacities: tuple[int, int | None]
     products: DownProducts
     graph: Any = None
     fingerprint: tuple = ()
@@ -104,6 +108,8 @@ class _Step:
     useless: int = 0
     served: int = 0
     ran_with: tuple = ()
+    first: int = 0
+    windows_at: int = -1
 
 
 @dataclass(eq=False)
@@ -120,7 +126,7 @@ class DecodeGraphs:
     _steps: dict[tuple, _Step] = field(default_factory=dict)
     _refused: dict[tuple, str] = field(default_factory=dict)
     _state: torch.Tensor | None = None
-    _device_at: int = -1
+    _device_at: tuple[int, int] | None = None
     _pool: Any = None
     _weights: tuple = ()
     _told: set[str] = field(default_factory=set)
@@ -138,7 +144,7 @@ class DecodeGraphs:
         self._steps.clear()
         self._refused.clear()
         self._pool = self._state = None
-        self._device_at = -1
+        self._device_at = None
 
     # ---- one step --------------------------------------------------------------------------------------------------
     # With graphs switched off a step on CUDA runs the same way, only uncaptured: it gives the very same numbers.
@@ -176,10 +182,14 @@ class DecodeGraphs:
         step = self._steps.get(key)
         if padded:
             self._write_padding(now)
-        if step is None or step.allocations != allocations() or now.stop > step.slot.capacity:
-            capacity = self._reserve(now, padded, now.stop if step is not None else now.stop + _FIRST_ROOM)
-            if step is None or step.slot.capacity != capacity:
-                step = self._steps[key] = self._new_step(now, capacity, step)
+        first = self._first_held(now, step)
+        full = step is not None and step.slot.window is not None and now.stop - first > step.slot.window.capacity
+        if step is None or step.allocations != allocations() or now.stop > step.slot.capacity or full:
+            more = 0 if step is not None else _FIRST_ROOM
+            capacities = self._reserve(now, padded, now.stop + more), self._reserve_windows(now, first, more)
+            if step is None or step.capacities != capacities:
+                step = self._steps[key] = self._new_step(now, capacities, step)
+        step.first, step.windows_at = first, self.cache._windows_at
         addresses = self._addresses(now, padded) if step.allocations != allocations() else step.fingerprint[0]
         fingerprint = (addresses, self._weights)
         step.ids.copy_(now.ids)
@@ -187,11 +197,13 @@ class DecodeGraphs:
             step.positions.fill_(now.start)
         else:
             step.positions.copy_(positions)
-        if self._device_at != now.start:
+        if self._device_at != (now.start, first):
             assert self._state is not None
-            self._state[0].fill_(now.start)
-            self._state[1].fill_(now.stop)
-        self._device_at = -1  # unknown, should anything go wrong from here on
+            for place, number in zip(
+                self._state, (now.start, now.stop, now.start - first, now.stop - first, first), strict=True
+            ):
+                place.fill_(number)
+        self._device_at = None  # unknown, should anything go wrong from here on
         arguments = dict(
             others, input_ids=step.ids, past_key_values=self.cache,
             attention_mask=self._padding_mask(step.slot.capacity) if padded else None,
@@ -213,12 +225,13 @@ class DecodeGraphs:
             now.rope_lengths.update(dict.fromkeys(step.rope_keys, now.stop))
             step.served += 1
         step.fingerprint, step.allocations = fingerprint, allocations()
-        self._device_at = now.stop
+        self._device_at = (now.stop, first)
         return self._fresh(key, out)
 
     def _static_pass(self, now: ForwardPass, arguments: dict[str, Any], step: _Step) -> Any:
         now.slot, now.products = step.slot, step.products
         now.rope_lengths.clear()
+        now.window_ropes.clear()
         step.products.restart()
         try:
             with forward_scope(now):
@@ -227,7 +240,7 @@ class DecodeGraphs:
             now.slot = now.products = None
         step.products.finish()
         assert self._state is not None
-        self._state.add_(1)  # the next token's place
+        self._state[:4].add_(1)  # the next token's place
         return out
 
     def _capture(self, key: tuple, step: _Step, now: ForwardPass, arguments: dict[str, Any]) -> None:
@@ -275,16 +288,23 @@ class DecodeGraphs:
 
     # ---- what a graph depends on -----------------------------------------------------------------------------------
 
-    def _new_step(self, now: ForwardPass, capacity: int, before: _Step | None) -> _Step:
+    def _new_step(self, now: ForwardPass, capacities: tuple[int, int | None], before: _Step | None) -> _Step:
         device = now.ids.device
         if self._state is None or self._state.device != device:
             with torch.inference_mode(False):
-                self._state = torch.zeros(2, dtype=torch.int64, device=device)
+                # Place and length, the same within sliding layers, and the first token that those hold.
+                self._state = torch.zeros(5, dtype=torch.int64, device=device)
         rows = 1 if now.positions is None else now.positions.shape[0]
-        slot = Slot(self._state[0], self._state[1:].expand(now.ids.shape[0]), capacity)
+        capacity, window = capacities
+        index, length, window_index, window_length, first = self._state.unbind()
+        rows_here = now.ids.shape[0]
+        sliding = None if window is None else Slot(window_index, window_length.expand(rows_here), window, first)
+        slot = Slot(index, length.expand(rows_here), capacity, window=sliding)
         with torch.inference_mode(False):
             ids, positions = (torch.zeros(n, 1, dtype=torch.int64, device=device) for n in (now.ids.shape[0], rows))
-        step = _Step(ids, positions, slot, DownProducts(now.attachment) if before is None else before.products)
+        step = _Step(
+            ids, positions, slot, capacities, DownProducts(now.attachment) if before is None else before.products
+        )
         if before is not None:
             # Storage has grown: everything is loaded, only addresses and the capacity are new.
             step.ran_with, step.rope_keys, step.useless = before.ran_with, before.rope_keys, before.useless
@@ -308,13 +328,38 @@ class DecodeGraphs:
 
     def _reserve(self, now: ForwardPass, padded: bool, needed: int) -> int:
         """Room for ``needed`` tokens in every buffer; returns the tokens that fit into all of them."""
-        buffers = self._buffers(now, padded)
+        buffers = [buffer for buffer in self._buffers(now, padded) if not isinstance(buffer, WindowBuffer)]
         limit = self.cache.max_cache_len
+        if not buffers:
+            return sys.maxsize  # all layers slide, and no positions are needed
         if min(buffer.capacity for buffer in buffers) < (needed if limit is None else min(needed, limit)):
             wanted = now.stop + max(_MIN_ROOM, min(now.stop // 2, MAX_SLACK)) if limit is None else limit
             for buffer in buffers:
                 buffer.reserve(wanted)
         return min(buffer.capacity for buffer in buffers)
+
+    def _windows(self, now: ForwardPass) -> list[WindowBuffer]:
+        return [buffer for buffer in self._buffers(now, False) if isinstance(buffer, WindowBuffer)]
+
+    def _first_held(self, now: ForwardPass, step: _Step | None) -> int:
+        """The first token that the step's sliding layers hold, made the same for all of them; 0: there are none."""
+        cache = self.cache
+        if step is not None and step.windows_at == cache._windows_at:
+            return step.first
+        windows = self._windows(now)
+        return cache._align(windows) if windows else 0
+
+    def _reserve_windows(self, now: ForwardPass, first: int, more: int) -> int | None:
+        """As :meth:`_reserve`, in sliding layers that let go of tokens; None: there are none."""
+        windows = self._windows(now)
+        if not windows:
+            return None
+        needed = now.stop - first
+        if any(buffer.capacity < max(needed, min(needed + more, buffer.room)) for buffer in windows):
+            wanted = needed + max(_MIN_ROOM, min(needed // 2, MAX_SLACK))
+            for buffer in windows:
+                buffer.reserve(max(needed, min(wanted, buffer.room)))
+        return min(buffer.capacity for buffer in windows)
 
     def _addresses(self, now: ForwardPass, padded: bool) -> tuple:
         return tuple((b.data.data_ptr(), b.data.shape) for b in self._buffers(now, padded) if b.data is not None)

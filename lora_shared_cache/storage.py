@@ -7,34 +7,98 @@ nothing behind.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from .buffers import TokenBuffer
+from .buffers import TokenBuffer, WindowBuffer
 from .policies import EntryKey
 
 if TYPE_CHECKING:
     from .cache import SharedLoRACache
 
 
+def sliding_windows(config: Any) -> dict[int, int]:
+    """Windows (tokens that a token reads, itself included) of a decoder's sliding layers, by index.
+
+    Those in which Transformers' own cache keeps no more than a window.
+    """
+    layers = list(DynamicCache(config=config).layers)
+    # Layers that attend within chunks have such a cache too, but no window.
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        types = ["chunked_attention" if getattr(config, "sliding_window", None) is None else ""] * len(layers)
+    return {
+        index: int(layer.sliding_window)
+        for index, (layer, kind) in enumerate(zip(layers, types, strict=True))
+        if type(layer) is DynamicSlidingWindowLayer and kind != "chunked_attention"
+    }
+
+
 class SharedCacheBase(Cache):
     """What the replaced forwards recognise a :class:`SharedLoRACache` by; it has no behaviour of its own."""
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Base K/V of a sliding layer that one agent needs to go on where it stopped, and that the layer does not hold otherwise.
+
+    Attributes:
+        start: position of the first token.
+        keys, values: (B, Hk, n, D).
+    """
+
+    start: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def stop(self) -> int:
+        """Position after the last token."""
+        return self.start + self.keys.shape[-2]
+
+    def covers(self, start: int, stop: int) -> bool:
+        """Whether tokens ``start ... stop`` are among it."""
+        return self.start <= start and stop <= self.stop
+
+    def view(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of tokens ``start ... stop``."""
+        first, n = start - self.start, stop - start
+        return self.keys.narrow(-2, first, n), self.values.narrow(-2, first, n)
+
+    def nbytes(self) -> int:
+        """Bytes."""
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+
+    def select_rows(self, rows: torch.Tensor) -> Tail:
+        """The batch rows ``rows``."""
+        rows = rows.to(self.keys.device)
+        return Tail(self.start, self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
+    def to(self, device: torch.device | str) -> Tail:
+        """The same on another device."""
+        return Tail(self.start, *(t.to(device, non_blocking=True) for t in (self.keys, self.values)))
 
 
 class SharedLoRALayer(CacheLayerMixin):
     """One attention layer of a :class:`SharedLoRACache`.
 
     Attributes:
+        window: on a sliding layer, tokens that a token reads, itself included; None: all before it.
+        trims: a sliding layer that keeps only what can still be read.
         base_keys, base_values: (B, Hk, T, D); keys after RoPE. Empty on a private layer.
         base_rms: (B, Hk or 1, T, 1), root mean square of base keys before their norm; only on models that normalise keys.
         entries: low-rank entries by key and projection, each (B, T, r); with a norm also the "gain" and "delta_gain" of keys,
             (B, Hk or 1, T, 1) float32. On a private layer an agent's own K and V, each (B, Hk, T, D), keys after RoPE.
         width: numbers of K and V of one token and row, Hk (D + D); 0 before the first write.
         expanded: (B, Hk, T, D), base plus low-rank keys of the agent that ran last; only on the CPU.
-        expanded_length: how many of its tokens are valid.
+        expanded_length: up to which token they are valid.
+        tails: on a sliding layer, by the entries of who has not seen the last tokens: base K/V that it needs to go on.
+        staged_tail: what a pass leaves for its own entries; the cache takes it over when the pass is committed.
     """
 
     is_sliding = False
@@ -42,18 +106,25 @@ class SharedLoRALayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, cache: SharedLoRACache, max_tokens: int | None = None):
+    def __init__(
+        self, cache: SharedLoRACache, max_tokens: int | None = None, window: int | None = None, trims: bool = True
+    ):
         self._cache = cache
         self.max_tokens = max_tokens
+        self.window = window
+        self.is_sliding = window is not None
+        self.trims = trims and window is not None
         self._clear()
 
     def _clear(self) -> None:
-        self.base_keys = TokenBuffer(-2, self.max_tokens)
-        self.base_values = TokenBuffer(-2, self.max_tokens)
-        self.base_rms = TokenBuffer(-2, self.max_tokens)
+        self.base_keys = self._buffer()
+        self.base_values = self._buffer()
+        self.base_rms = self._buffer()
         self.entries: dict[EntryKey, dict[str, TokenBuffer]] = {}
-        self.expanded = TokenBuffer(-2, self.max_tokens)
+        self.expanded = self._scratch()
         self.expanded_length = 0
+        self.tails: dict[EntryKey, Tail] = {}
+        self.staged_tail: Tail | None = None
         self.width = 0
         self.is_initialized = False
 
@@ -61,17 +132,29 @@ class SharedLoRALayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Base keys (B, Hk, T, D) of the whole trajectory, or None: empty, or a private layer."""
+        """Base keys (B, Hk, T, D) of the trajectory (of a sliding layer: what it holds), or None: empty, or a private layer."""
         return self._base(self.base_keys)
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Base values (B, Hk, T, D) of the whole trajectory, or None: empty, or a private layer."""
+        """Base values like :attr:`keys`."""
         return self._base(self.base_values)
 
     def _base(self, buffer: TokenBuffer) -> torch.Tensor | None:
         length = self._cache.trajectory_length
-        return buffer.view(length) if length and buffer.data is not None else None
+        return buffer.view(length, buffer.start) if length and buffer.data is not None else None
+
+    def _buffer(self) -> TokenBuffer:
+        if self.trims:
+            assert self.window is not None
+            return WindowBuffer(-2, self.window, self.max_tokens)
+        return TokenBuffer(-2, self.max_tokens)
+
+    def _scratch(self) -> TokenBuffer:
+        # What can be computed again is never kept beyond the window.
+        return (
+            TokenBuffer(-2, self.max_tokens) if self.window is None else WindowBuffer(-2, self.window, self.max_tokens)
+        )
 
     @property
     def batch_size(self) -> int:
@@ -96,7 +179,7 @@ class SharedLoRALayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(kv_length, kv_offset) for the next ``query_length`` tokens."""
-        return self.get_seq_length() + query_length, 0
+        return self._cache.get_mask_sizes(query_length, self._cache.layers.index(self))
 
     def get_max_length(self) -> int:
         """Capacity in tokens, -1 if it grows."""
@@ -119,6 +202,7 @@ class SharedLoRALayer(CacheLayerMixin):
         """Keep the batch rows ``beam_idx``, in that order."""
         for buffer in self.buffers():
             buffer.select_rows(beam_idx)
+        self.tails = {key: tail.select_rows(beam_idx) for key, tail in self.tails.items()}
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the batch rows ``indices``."""
@@ -128,6 +212,9 @@ class SharedLoRALayer(CacheLayerMixin):
         """Each batch row ``repeats`` times in a row."""
         for buffer in self.buffers():
             buffer.repeat_rows(repeats)
+        for key, tail in self.tails.items():
+            rows = torch.arange(tail.keys.shape[0]).repeat_interleave(repeats)
+            self.tails[key] = tail.select_rows(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Go through the cache: all layers and all adapters are cropped together."""
@@ -156,14 +243,68 @@ class SharedLoRALayer(CacheLayerMixin):
 
     def write_entry(self, key: EntryKey, which: str, start: int, a: torch.Tensor) -> None:
         """Write low-rank entries (B, n, r) of tokens ``start ...``."""
+        self.entry(key, which).write(start, a)
+
+    def entry(self, key: EntryKey, which: str) -> TokenBuffer:
+        """Where entries of one kind are stored; an empty buffer if nothing was."""
         buffers = self.entries.setdefault(key, {})
         if which not in buffers:
-            buffers[which] = TokenBuffer(-2, self.max_tokens)
-        buffers[which].write(start, a)
+            buffers[which] = self._buffer()
+        return buffers[which]
+
+    def base(self) -> list[WindowBuffer]:
+        """Base K and V of a sliding layer that holds any, where it lets go of tokens."""
+        return [b for b in (self.base_keys, self.base_values) if isinstance(b, WindowBuffer) and b.data is not None]
+
+    def norm_windows(self) -> list[WindowBuffer]:
+        """Likewise the norms of base keys."""
+        return [b for b in (self.base_rms,) if isinstance(b, WindowBuffer) and b.data is not None]
+
+    def entry_windows(self, key: EntryKey) -> list[WindowBuffer]:
+        """Likewise the entries of one key."""
+        return [b for b in self.entries.get(key, {}).values() if isinstance(b, WindowBuffer) and b.data is not None]
+
+    def windows(self) -> list[WindowBuffer]:
+        """All buffers of a pass that may have something to commit."""
+        return [b for b in self.buffers() if isinstance(b, WindowBuffer) and b is not self.expanded]
+
+    def discard(self) -> None:
+        """Give back what a pass has left that was not committed."""
+        self.staged_tail = None
+        for buffer in self.windows():
+            buffer.discard()
+
+    def tails_nbytes(self) -> int:
+        """Bytes of the tails; one that several agents need counts once."""
+        return sum(tail.nbytes() for tail in {id(tail): tail for tail in self.tails.values()}.values())
+
+    def save_tails(self, first: int, ends: dict[EntryKey, int]) -> None:
+        """Before base tokens up to ``first`` are let go of: keep what the agents need who have stopped at ``ends``."""
+        buffer = self.base_keys
+        if not isinstance(buffer, WindowBuffer) or buffer.data is None:
+            return
+        saved: dict[int, Tail] = {}
+        for key, end in ends.items():
+            lowest = max(0, end - buffer.window)
+            if key in self.tails or lowest >= first or not buffer.covers(end):
+                continue
+            if end not in saved:
+                saved[end] = Tail(lowest, buffer.view(end, lowest).clone(), self.base_values.view(end, lowest).clone())
+            self.tails[key] = saved[end]
+
+    def tail_before(
+        self, position: int, start: int, keys: Iterable[EntryKey]
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """Base K and V of tokens ``start ... position`` kept for one of the entries ``keys``, or None twice."""
+        for key in keys:
+            tail = self.tails.get(key)
+            if tail is not None and tail.covers(start, position):
+                return tail.view(start, position)
+        return None, None
 
     def release_expanded(self) -> None:
         """Give back the expanded keys."""
-        self.expanded = TokenBuffer(-2, self.max_tokens)
+        self.expanded = self._scratch()
         self.expanded_length = 0
 
     def buffers(self) -> list[TokenBuffer]:
@@ -173,10 +314,11 @@ class SharedLoRALayer(CacheLayerMixin):
 
     def clone(self, cache: SharedLoRACache) -> SharedLoRALayer:
         """An independent copy that belongs to ``cache``."""
-        copy = SharedLoRALayer(cache, self.max_tokens)
+        copy = SharedLoRALayer(cache, self.max_tokens, self.window, self.trims)
         copy.base_keys, copy.base_values = self.base_keys.clone(), self.base_values.clone()
         copy.base_rms = self.base_rms.clone()
         copy.entries = {k: {w: b.clone() for w, b in parts.items()} for k, parts in self.entries.items()}
+        copy.tails = dict(self.tails)  # never written to
         copy.is_initialized, copy.width = self.is_initialized, self.width
         if self.is_initialized:
             copy.dtype, copy.device = self.dtype, self.device
@@ -185,3 +327,4 @@ class SharedLoRALayer(CacheLayerMixin):
     def _move(self, device: torch.device | str) -> None:
         for buffer in self.buffers():
             buffer.to(device)
+        self.tails = {key: tail.to(device) for key, tail in self.tails.items()}

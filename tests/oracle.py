@@ -3,7 +3,8 @@
 It reads the weights of a (twin) ``PeftModel`` and shares no code with the package, with PEFT's forward or with
 Transformers' attention. Every token keeps its base K (after RoPE) and base V from whoever processed it first; the low-rank
 entries are filled as the policy's definition says; attention is dense, with K and V fully expanded. In private layers each
-agent keeps the K and V that it computed itself.
+agent keeps the K and V that it computed itself. Of a sliding layer the last ``window`` tokens are shared: an agent that runs
+older ones again reads what it computes itself for them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ class LlamaOracle:
         self.sharing, self.names = sharing, list(names)
         self.private = tuple(private)
         self.layers = self.llama.model.layers
+        config = self.llama.config
+        window = getattr(config, "sliding_window", None)
+        types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(self.layers)
+        self.windows = [window if kind == "sliding_attention" else None for kind in types]
         self.ids: list[int] = []
         # Per layer and token: base key (after RoPE) and base value, each (Hk, D).
         self.base: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.layers]
@@ -114,6 +119,7 @@ class LlamaOracle:
         """
         assert ids[: len(self.ids)] == self.ids
         start = min(self.coverage(agent), len(ids) - 1)
+        lengths = {key: self._entry_length(key) for key in self.entries}
         self.ids = list(ids)
         writes = [
             (key, names, self._entry_length(key))
@@ -137,8 +143,11 @@ class LlamaOracle:
             k = self._rotate(base["k_proj"].view(len(h), -1, D), range(start, len(ids)))
             v = base["v_proj"].view(len(h), -1, D)
             stored = self.own[agent][index] if index in self.private else self.base[index]
+            window = self.windows[index]
+            mine = self._mine(window, start, len(stored), len(ids))
             for t in range(len(stored), len(ids)):
                 stored.append((k[t - start], v[t - start]))
+            read = [(k[t - start], v[t - start]) if t in mine else stored[t] for t in range(len(ids))]
             for key, names, length in writes:
                 for which in ("k_proj", "v_proj"):
                     _, _, pairs = _linear(getattr(attention, which))
@@ -146,33 +155,41 @@ class LlamaOracle:
                         self.entries[key][index][which].append(
                             {name: pairs[name][0] @ h[t - start] for name in names if name in pairs}
                         )
-            keys, values = self._expand(index, attention, agent, len(ids))
+            keys, values = self._expand(index, attention, agent, read, start, h, lengths)
             out = torch.zeros(len(h), q.shape[1], D, dtype=x.dtype)
             group = q.shape[1] // keys.shape[1]
             for i in range(len(h)):
+                stop = start + i + 1
+                seen = slice(0 if window is None else max(0, stop - window), stop)
                 for head in range(q.shape[1]):
-                    scores = keys[: start + i + 1, head // group] @ q[i, head] / math.sqrt(D)
-                    out[i, head] = torch.softmax(scores, dim=0) @ values[: start + i + 1, head // group]
+                    scores = keys[seen, head // group] @ q[i, head] / math.sqrt(D)
+                    out[i, head] = torch.softmax(scores, dim=0) @ values[seen, head // group]
             x = x + self._project(attention.o_proj, out.flatten(1), agent)
             h = self._norm(layer.post_attention_layernorm, x)
             gate, up = self._project(layer.mlp.gate_proj, h, agent), self._project(layer.mlp.up_proj, h, agent)
             x = x + self._project(layer.mlp.down_proj, gate * torch.sigmoid(gate) * up, agent)
         return self._norm(self.llama.model.norm, x) @ self.llama.lm_head.weight.T
 
-    def _expand(self, index, attention, agent: Agent, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        own = index in self.private
-        stored = self.own[agent][index] if own else self.base[index]
-        keys = torch.stack([k for k, _ in stored])
-        values = torch.stack([v for _, v in stored])
-        if own:
+    @staticmethod
+    def _mine(window: int | None, start: int, stored: int, stop: int) -> range:
+        """Tokens for which a pass from ``start`` on reads what it computes itself, of those that are stored."""
+        return range(start, start) if window is None else range(start, min(max(stored - window, start), stop))
+
+    def _expand(self, index, attention, agent: Agent, read, start, h, lengths) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = torch.stack([k for k, _ in read])
+        values = torch.stack([v for _, v in read])
+        if index in self.private:
             return keys, values
+        stop = len(read)
         for which in ("k_proj", "v_proj"):
             _, _, pairs = _linear(getattr(attention, which))
             for name in agent:
                 if name not in pairs:
                     continue
                 key = (name,) if self.sharing == "lr_precomputed" else self._reads(agent)
-                a = torch.stack([stored[name] for stored in self.entries[key][index][which][:stop]])
+                entries = self.entries[key][index][which]
+                mine = self._mine(self.windows[index], start, lengths.get(key, 0), stop)
+                a = torch.stack([pairs[name][0] @ h[t - start] if t in mine else entries[t][name] for t in range(stop)])
                 delta = (a @ pairs[name][1].T).view(stop, -1, attention.head_dim)
                 if which == "k_proj":
                     keys = keys + self._rotate(delta, range(stop))

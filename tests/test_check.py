@@ -78,6 +78,13 @@ def test_every_kind_of_layer_is_tried(tmp_path):
     config.save_pretrained(tmp_path)
     result = check(tmp_path)
     assert result.attention == {"Gemma2Attention": 6} and "sliding window of 4096" in result.notes[-1]
+    # As two DynamicCaches hold them, and never less than is held here.
+    base, context = result.bytes_per_token["base"], 100_000
+    memory = result.memory(context)
+    assert memory["non_shared"] == pytest.approx(2 * base / 6 * (5 * context + 4095))
+    per_token = base + sum(result.bytes_per_token["low_rank"].values())
+    assert memory["shared"] > per_token / 6 * (5 * context + 2 * 4096)
+    assert memory["shared"] < per_token * context
 
 
 REFUSED = {

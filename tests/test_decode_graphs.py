@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from lora_shared_cache import SharedLoRACache, attach, detach, graphs
+from lora_shared_cache import SharedLoRACache, attach, buffers, detach, graphs
 from lora_shared_cache.errors import SharedCacheError
 from lora_shared_cache.scopes import forward_scope
 
 from .conftest import emulate_graphs
-from .tiny import VOCAB, fill_adapter, tiny_llama, tiny_mistral, with_adapters
+from .tiny import VOCAB, fill_adapter, tiny_llama, tiny_ministral, tiny_mistral, with_adapters
 
 pytestmark = pytest.mark.integration
 
@@ -281,6 +281,32 @@ def test_sliding_window_and_loops_without_generate(device):
             expected = model(ids, past_key_values=eager).logits
             torch.testing.assert_close(model(ids, past_key_values=captured).logits, expected, atol=2e-4, rtol=2e-4)
     assert graphs.CudaGraph.captures == 1 and graphs.CudaGraph.replays == 11
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 100])
+def test_sliding_layers_let_go_of_tokens_between_captured_steps(device, max_cache_len, monkeypatch):
+    """In place: nothing is captured again for it. An agent that comes back finds its last tokens elsewhere."""
+    monkeypatch.setattr(buffers, "MIN_MARGIN", 3)
+    model = model_on(device, tiny_ministral, sliding_window=6)
+    captured, eager = both(max_cache_len=max_cache_len, sharing="base_shared")
+    ids = prompt(device, rows=2, n=12)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = ids[1, :5] = 0
+
+    def run(cache):
+        text, seen = ids, mask
+        for agent in ("plan", "act", "plan"):
+            model.set_adapter(agent)
+            text = generate(model, text, cache, attention_mask=seen, new=20)
+            seen = torch.cat((seen, seen.new_ones(2, text.shape[1] - seen.shape[1])), dim=1)
+        return text
+
+    expected = run(eager)
+    assert torch.equal(run(captured), expected)
+    assert captured.eager_reason is None and graphs.CudaGraph.replays >= 3 * 16
+    assert graphs.CudaGraph.captures <= 3
+    for cache in (captured, eager):
+        assert all(layer.keys.shape[2] <= 12 for layer in cache.layers if layer.is_sliding)
 
 
 def test_logits_of_a_step_survive_the_next(device):

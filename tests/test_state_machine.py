@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lora_shared_cache import SharedLoRACache, TrajectoryError
+from lora_shared_cache import SharedCacheError, SharedLoRACache, TrajectoryError, buffers
 
 from .oracle import LlamaOracle
 from .tiny import (
@@ -22,6 +23,7 @@ from .tiny import (
     lora_layers,
     share_a,
     tiny_llama,
+    tiny_ministral,
     with_adapters,
 )
 
@@ -37,10 +39,17 @@ class AgentLoop(RuleBasedStateMachine):
     sharing = "base_shared"
     auto = False
     private = ()
+    window = None
 
     def __init__(self):
         super().__init__()
-        model = with_adapters(tiny_llama(num_hidden_layers=2), NAMES)
+        self.margin = buffers.MIN_MARGIN
+        if self.window is None:
+            model = with_adapters(tiny_llama(num_hidden_layers=2), NAMES)
+        else:
+            # As little as possible is kept, so that it is let go of in a short trajectory.
+            buffers.MIN_MARGIN = 2
+            model = with_adapters(tiny_ministral(num_hidden_layers=2, sliding_window=self.window), NAMES)
         share_a(model, NAMES)
         self.model = model
         self.cache = SharedLoRACache(sharing="auto" if self.auto else self.sharing, private_layers=self.private)
@@ -49,6 +58,9 @@ class AgentLoop(RuleBasedStateMachine):
         self.first: dict[str, int] = {}
         self.fork = None
         self.changes = 0
+
+    def teardown(self):
+        buffers.MIN_MARGIN = self.margin
 
     @initialize(agent=agents)
     def start(self, agent):
@@ -148,8 +160,24 @@ class AgentLoop(RuleBasedStateMachine):
     @rule(n=st.integers(0, 6))
     def crop(self, n):
         n = min(n, len(self.oracle.ids))
-        self.cache.crop(-n)
+        try:
+            self.cache.crop(-n)
+        except SharedCacheError as refused:
+            # Nothing has changed, as the invariant sees; what it offers instead works.
+            assert self.window is not None and n > buffers.MIN_MARGIN
+            n = int(re.search(r"crop\(-(\d+)\)[,;]", str(refused)).group(1))
+            self.lengths()
+            self.cache.crop(-n)
         self.oracle.crop(n)
+        if self.window is not None and self.oracle.ids:
+            # Entries that went on where sliding layers no longer hold what is before are dropped.
+            for agent in [key for key in self.oracle.entries if key != "*"]:
+                names = agent if self.sharing == "base_shared" else agent[:1]
+                if self.cache._coverage.get(names, 0) == 0:
+                    del self.oracle.entries[agent]
+            for agent in list(self.oracle.own):
+                if self.cache._coverage.get(("", *agent), 0) == 0:
+                    del self.oracle.own[agent]
         self.first = {name: first for name, first in self.first.items() if first < len(self.oracle.ids)}
 
     @rule(agent=agents)
@@ -173,9 +201,11 @@ class AgentLoop(RuleBasedStateMachine):
                     parameter.data.mul_(1.0)
         self.oracle.forget(name)
         first = self.first.pop(name, len(self.oracle.ids))
+        self.cache.coverage()
+        if self.window is not None and self.cache.trajectory_length == 0:
+            first = 0  # sliding layers no longer hold what is before it
         self.oracle.crop(len(self.oracle.ids) - min(first, len(self.oracle.ids)))
         self.first = {n: f for n, f in self.first.items() if f < len(self.oracle.ids)}
-        self.cache.coverage()
 
     @rule()
     def reset(self):
@@ -213,12 +243,13 @@ class AgentLoop(RuleBasedStateMachine):
             assert covered["__base__"] == self.oracle.coverage(())
 
 
-def machine(sharing, auto=False, private=()):
+def machine(sharing, auto=False, private=(), window=None):
     class Machine(AgentLoop):
         pass
 
-    Machine.sharing, Machine.auto, Machine.private = sharing, auto, private
-    Machine.__name__ = Machine.__qualname__ = f"AgentLoop_{'auto' if auto else sharing}{'_private' if private else ''}"
+    Machine.sharing, Machine.auto, Machine.private, Machine.window = sharing, auto, private, window
+    kind = f"{'auto' if auto else sharing}{'_private' if private else ''}{'_window' if window else ''}"
+    Machine.__name__ = Machine.__qualname__ = f"AgentLoop_{kind}"
     case = Machine.TestCase
     case.settings = settings(
         max_examples=12, stateful_step_count=18, deadline=None, suppress_health_check=list(HealthCheck)
@@ -232,3 +263,7 @@ TestLrPrecomputed = machine("lr_precomputed")
 TestBaseLrShared = machine("base_lr_shared")
 TestAuto = machine("base_lr_shared", auto=True)
 TestPrivateLayer = machine("base_shared", auto=True, private=(1,))
+TestBaseSharedWindow = machine("base_shared", window=3)
+TestLrPrecomputedWindow = machine("lr_precomputed", window=4)
+TestBaseLrSharedWindow = machine("base_lr_shared", window=2)
+TestPrivateLayerWindow = machine("base_shared", auto=True, private=(0,), window=3)

@@ -13,7 +13,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 VOCAB = 64
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -81,6 +89,14 @@ def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0, **settings) ->
 
 def tiny_mistral(dtype: torch.dtype = torch.float64, seed: int = 0, **settings) -> MistralForCausalLM:
     return finish(MistralForCausalLM(MistralConfig(**{"sliding_window": None, **SHAPE, **settings})), dtype, seed)
+
+
+def tiny_ministral(dtype: torch.dtype = torch.float64, seed: int = 0, **settings) -> MinistralForCausalLM:
+    """A Llama with layers that slide and layers that don't."""
+    layers = settings.get("num_hidden_layers", SHAPE["num_hidden_layers"])
+    types = [("sliding_attention", "full_attention")[index % 2] for index in range(layers)]
+    config = MinistralConfig(**{**SHAPE, "sliding_window": 6, "layer_types": types, **settings})
+    return finish(MinistralForCausalLM(config), dtype, seed)
 
 
 def lora(**settings) -> LoraConfig:
