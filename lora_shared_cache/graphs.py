@@ -8,11 +8,13 @@ captured for is compared: storage, adapters, weights. What can't be captured run
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -46,6 +48,18 @@ _capture_lock = threading.Lock()
 _all_graphs: weakref.WeakSet[DecodeGraphs] = weakref.WeakSet()
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """No collection meanwhile: it could free another cache's graph, which CUDA forbids during a capture and so breaks it off."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def forget_graphs(attachment: Attachment) -> None:
     """Drop what was captured of a model that is being detached."""
     for graphs in list(_all_graphs):
@@ -68,7 +82,11 @@ class CudaGraph:
     def __init__(self, run: Callable[[], Any], pool: Any):
         self._graph = torch.cuda.CUDAGraph()
         # PyTorch captures on one stream, whichever thread asks.
-        with _capture_lock, torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with (
+            _capture_lock,
+            _no_garbage_collection(),
+            torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             self._out = run()
 
     def replay(self) -> Any:
@@ -251,7 +269,13 @@ class DecodeGraphs:
         if now.ids.is_cuda and not any(other.graph for other in self._steps.values()):
             # A pool ends with its last graph.
             self._pool = torch.cuda.graph_pool_handle()
-        step.graph = self._attempt(key, lambda: CudaGraph(lambda: self._static_pass(now, arguments, step), self._pool))
+        try:
+            step.graph = self._attempt(
+                key, lambda: CudaGraph(lambda: self._static_pass(now, arguments, step), self._pool)
+            )
+        except BaseException:
+            self._pool = None  # a capture that broke off leaves it unusable
+            raise
 
     def _attempt(self, key: tuple, run: Callable[[], Any]) -> Any:
         try:

@@ -7,6 +7,7 @@ that leaked from the host into a captured step shows here too.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -463,6 +464,7 @@ def test_a_model_that_asks_the_device_for_a_number(device, caplog, monkeypatch):
         def __init__(self, run, pool):
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
+    works = graphs.CudaGraph
     if device == "cpu":
         monkeypatch.setattr(graphs, "CudaGraph", CannotBeCaptured)
     monkeypatch.setattr(type(norm), "forward", forward)
@@ -473,6 +475,26 @@ def test_a_model_that_asks_the_device_for_a_number(device, caplog, monkeypatch):
     fresh = SharedLoRACache(cuda_graphs=False)
     ids = turns(model, fresh, prompt(device), ["plan", "plan"], new=6)
     assert torch.equal(cache.token_ids, ids[:, :-1])
+    # A capture that broke off leaves nothing behind: another agent's step is captured.
+    monkeypatch.setattr(graphs, "CudaGraph", works)
+    expected, text = (turns(model, c, ids, ["act"], new=6) for c in (fresh, cache))
+    assert torch.equal(text, expected) and cache.eager_reason is None and works.captures == 1
+
+
+@pytest.mark.gpu
+def test_no_garbage_is_collected_during_a_capture(monkeypatch):
+    # What is collected may be another cache's graph, and freeing one breaks the capture off.
+    original, seen = graphs.DecodeGraphs._static_pass, []
+
+    def looking(self, *args):
+        seen.append((torch.cuda.is_current_stream_capturing(), gc.isenabled()))
+        return original(self, *args)
+
+    monkeypatch.setattr(graphs.DecodeGraphs, "_static_pass", looking)
+    model = model_on("cuda")
+    generate(model, prompt("cuda"), SharedLoRACache(), new=6)
+    assert seen == [(False, True), (True, False)]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("returns", [tuple, dict])
