@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -174,8 +175,8 @@ def check_expressible(path: str, module: Any, names: Iterable[str], split: bool 
                 f"{path}: adapter {name!r} uses DoRA, which rescales base and low-rank part together. Train it without DoRA on "
                 "k_proj and v_proj, or use a DynamicCache per adapter"
             )
-        if name in layer.lora_variant:
-            variant = layer.lora_variant[name]
+        variant = layer.lora_variant.get(name)
+        if variant is not None and variant is not ALoraLinearVariant and not isinstance(variant, ALoraLinearVariant):
             variant_name = variant.__name__ if isinstance(variant, type) else type(variant).__name__
             raise UnsupportedAdapterError(
                 f"{path}: adapter {name!r} uses {variant_name}, which the split can't express"
@@ -197,6 +198,17 @@ def adapter_names_argument(lora_layers: Iterable[tuple[str, Any]]) -> tuple[str,
         for hook in reversed(list(module._forward_pre_hooks.values())):
             if brings_adapter_names(hook):
                 return tuple(hook.keywords["adapter_names"])
+        return None
+    return None
+
+
+def alora_offsets_argument(lora_layers: Iterable[tuple[str, Any]]) -> list[int | None] | None:
+    """What PEFT tells its layers of the call under way: where each row's aLoRA starts, counted from the end. None: nothing."""
+    for _, module in lora_layers:
+        for hook in reversed(list(module._forward_pre_hooks.values())):
+            if getattr(getattr(hook, "func", None), "__name__", "") == _PEFT_HOOKS[1]:
+                offsets: list[int | None] = hook.keywords["alora_offsets"]
+                return offsets
         return None
     return None
 

@@ -289,6 +289,12 @@ class Attachment:
         """Names of the adapters with a LoRA on some ``k_proj`` or ``v_proj``, sorted."""
         return self._names_on_keys_or_values
 
+    def invocation_tokens(self) -> dict[str, list[int]]:
+        """Of the adapters that are active from an invocation on (aLoRA), by name."""
+        configs = getattr(self.root, "peft_config", None) or {}
+        tokens = ((name, getattr(config, "alora_invocation_tokens", None)) for name, config in configs.items())
+        return {name: list(found) for name, found in tokens if found}
+
     def normalises_adapted_keys(self) -> bool:
         """Whether some layer has a norm for its keys and a LoRA on its ``k_proj``."""
         return self._normalises
@@ -568,6 +574,8 @@ def restore_forward(module: nn.Module) -> None:
 def lora_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A LoRA layer's forward: PEFT's, or in decode steps whose lengths the device counts the same in fewer launches."""
     now = forward_scope.get()
+    if now is not None and now.invocations is not None and "alora_offsets" in kwargs:
+        kwargs = dict(kwargs, alora_offsets=now.alora_offsets)
     if kwargs and isinstance(layer_scope.get(), LayoutProbe):
         # Of the batch's rows, of which a layer that is tried out knows nothing.
         kwargs = {name: value for name, value in kwargs.items() if name not in peft_adapters.PEFT_ARGUMENTS}

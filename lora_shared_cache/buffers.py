@@ -261,6 +261,11 @@ class WindowBuffer(TokenBuffer):
         self._staged = (first, data, kept)
         return True
 
+    def restart(self, position: int) -> None:
+        """Forget everything; the next token is that at ``position``."""
+        self.start, self.kept, self._staged = position, None, None
+        self._replace(None)
+
     def commit(self) -> None:
         """Let go of what the last :meth:`append` left out."""
         if self._staged is not None:

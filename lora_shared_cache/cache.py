@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -23,9 +23,11 @@ from .buffers import TokenBuffer, WindowBuffer, window_and_margin
 from .errors import SharedCacheError, UnsupportedAdapterError, UnsupportedModelError
 from .forward import NORMS, ForwardPass, enter_from_inside
 from .graphs import DecodeGraphs
+from .invocation import Starts, first_of, invocation_starts
 from .policies import (
     SHARED_ENTRY,
     DownDigests,
+    Entry,
     EntryKey,
     Policy,
     Sharing,
@@ -110,6 +112,8 @@ class SharedLoRACache(SharedCacheBase):
         self._graphs = DecodeGraphs(self, enabled=cuda_graphs)
         self._lock = threading.Lock()
         self._in_prompt = False
+        # PEFT's offsets of the call under way or the last one, and where its invocations are.
+        self._prompt_invocations: tuple[Any, Starts] | None = None
         self._prompt_length = 0
         self._limit: int | None = None
         self._new_turn = False
@@ -134,6 +138,8 @@ class SharedLoRACache(SharedCacheBase):
         self._identities: dict[str, tuple] = {}
         self._first_token: dict[str, int] = {}
         self._agents: dict[Agent, None] = {}
+        # Where the invocations were with which an aLoRA's entries were computed.
+        self._invoked: dict[EntryKey, Starts] = {}
         # Who ran last, with the adapters that matter to it, and how they were.
         self._last_agent: tuple[Agent, tuple[str, ...]] | None = None
         self._last_state: list[tuple[str, AdapterWatch, int]] = []
@@ -376,6 +382,7 @@ class SharedLoRACache(SharedCacheBase):
         for buffer in self._rope_buffers_all():
             buffer.select_rows(indices)
         self._trajectory.select_rows(indices)
+        self._invoked.clear()
         if self._has_rows_of_their_own():
             chosen = indices.tolist()
             self._rename_rows(lambda rows: [rows[index] for index in chosen])
@@ -388,6 +395,7 @@ class SharedLoRACache(SharedCacheBase):
         for buffer in self._rope_buffers_all():
             buffer.repeat_rows(repeats)
         self._trajectory.repeat_rows(repeats)
+        self._invoked.clear()
         self._rename_rows(lambda rows: [name for name in rows for _ in range(repeats)])
 
     def _has_rows_of_their_own(self) -> bool:
@@ -503,7 +511,7 @@ class SharedLoRACache(SharedCacheBase):
         copy._policy, copy._last_agent, copy._last_state = self._policy, self._last_agent, self._last_state
         copy._window, copy._mark, copy._full_at = self._window, self._mark, self._full_at
         copy._last_runner, copy._recording = self._last_runner, self._recording
-        for name in ("_coverage", "_rope_length", "_identities", "_first_token", "_agents"):
+        for name in ("_coverage", "_rope_length", "_identities", "_first_token", "_agents", "_invoked"):
             setattr(copy, name, dict(getattr(self, name)))
         copy._down_difference = self._down_difference
         for name in ("_down_contents", "_down_digests", "_shared_down"):
@@ -667,13 +675,15 @@ class SharedLoRACache(SharedCacheBase):
             names = attachment.adapters_on_keys_or_values()
             if policy is not None and names != policy.adapters:
                 # Whether a newcomer is refused is decided when it runs; until then it just has no entries.
+                activated = tuple(name for name in names if name in attachment.invocation_tokens())
                 if policy.name == "base_lr_shared":
-                    self._read_down_projections(attachment, names, contents)
+                    plain = tuple(name for name in names if name not in activated)
+                    self._read_down_projections(attachment, plain, contents)
                     group = self._regroup(self._down_digests)
                 else:
                     group = ()
                 norm = attachment.normalises_adapted_keys()
-                self._policy = replace(policy, adapters=names, group=group, key_norm=norm)
+                self._policy = replace(policy, adapters=names, group=group, key_norm=norm, activated=activated)
 
     def _read_contents(self, attachment: Attachment, agent: Agent) -> dict[str, tuple]:
         """Content of all adapters that matter to what is cached and to who may read it."""
@@ -712,6 +722,7 @@ class SharedLoRACache(SharedCacheBase):
     def _drop_keys(self, keys: Iterable[EntryKey]) -> None:
         for key in keys:
             self._coverage.pop(key, None)
+            self._invoked.pop(key, None)
             for layer in self.layers:
                 layer.entries.pop(key, None)
                 layer.tails.pop(key, None)
@@ -723,10 +734,13 @@ class SharedLoRACache(SharedCacheBase):
             UnsupportedAdapterError: "base_lr_shared" with different A's.
         """
         names = attachment.adapters_on_keys_or_values()
+        activated = tuple(name for name in names if name in attachment.invocation_tokens())
         if self.private_layers:
-            return Policy("base_shared", names, private=True)
+            return Policy("base_shared", names, private=True, activated=activated)
         if self.sharing in ("base_shared", "lr_precomputed"):
-            return Policy(self.sharing, names, key_norm=attachment.normalises_adapted_keys())
+            norm = attachment.normalises_adapted_keys()
+            return Policy(self.sharing, names, key_norm=norm, activated=activated)
+        everybody, names = names, tuple(name for name in names if name not in activated)
         self._read_down_projections(attachment, names, contents)
         digests = self._down_digests
         empty = self.trajectory_length == 0
@@ -747,7 +761,7 @@ class SharedLoRACache(SharedCacheBase):
         else:
             shared, group = False, ()
         norm = attachment.normalises_adapted_keys()
-        return Policy("base_lr_shared" if shared else "base_shared", names, group, norm)
+        return Policy("base_lr_shared" if shared else "base_shared", everybody, group, norm, activated=activated)
 
     def _regroup(self, digests: dict[str, DownDigests]) -> tuple[str, ...]:
         """Who can read the shared entries that exist, now that adapters were added, removed or changed."""
@@ -777,18 +791,79 @@ class SharedLoRACache(SharedCacheBase):
 
     # ---- lengths ---------------------------------------------------------------------------------------------------
 
-    def _covered(self, agent: Agent) -> int:
-        """Leading tokens that have everything the agent reads."""
+    def _covered(self, agent: Agent, invocations: Starts | None = None) -> int:
+        """Leading tokens that have everything the agent reads; of an aLoRA: if its invocations are there."""
         length = self.trajectory_length
         if self._policy is None:
             return 0 if agent else length
         readers = self._policy.readers(agent)
-        covered = min([length, *(self._coverage.get(entry.key, 0) for entry, _ in readers)])
+        everything = [self._coverage.get(entry.key, 0) for entry, _ in readers if not entry.activated]
+        for entry, _ in readers:
+            if entry.activated:
+                starts = invocations
+                if starts is None and self._prompt_invocations is not None and self._in_prompt:
+                    starts = self._prompt_invocations[1]
+                if starts is None:
+                    starts = self._invocations(entry.names, self.token_ids)
+                everything.append(max(self._written(entry, starts), first_of(starts, length)))
+        covered = min([length, *everything])
         return covered if self._held_before(agent, covered) else 0
 
-    def _seen_length(self, agent: Agent) -> int:
+    def _written(self, entry: Entry, starts: Starts | None) -> int:
+        """Leading tokens of which there are entries; of an aLoRA: for invocations that start there."""
+        if entry.activated and self._invoked.get(entry.key) != starts:
+            return 0
+        return self._coverage.get(entry.key, 0)
+
+    def _invocations(
+        self, names: Iterable[str], ids: torch.Tensor | None, offsets: Sequence[int | None] | None = None
+    ) -> Starts:
+        """Where the invocation of an aLoRA is in each row of ids (B, T); see ``invocation_starts``."""
+        assert self._attachment is not None
+        if ids is None:
+            return ()
+        tokens = self._attachment.invocation_tokens()
+        name = next(name for name in names if name in tokens)
+        return invocation_starts(ids, tokens[name], [None] * len(ids) if offsets is None else offsets)
+
+    def _invocations_of_call(self, agent: Agent, ids: torch.Tensor) -> Starts:
+        """Where the invocations are in the tokens (B, T) up to the last of this call; the same in all steps of ``generate``."""
+        assert self._attachment is not None
+        offsets = peft_adapters.alora_offsets_argument(self._attachment.lora_layers)
+        # PEFT looks for them once per call of it, so in later steps its numbers no longer count from the end.
+        if self._prompt_invocations is None or self._prompt_invocations[0] is not offsets:
+            self._prompt_invocations = (offsets, self._invocations(agent, ids, offsets))
+        starts = self._prompt_invocations[1]
+        if len(starts) != len(ids):
+            repeats = len(ids) // len(starts)  # num_return_sequences
+            starts = tuple(start for start in starts for _ in range(repeats))
+        return starts
+
+    def _check_activated(self, attachment: Attachment, agent: Agent) -> str | None:
+        """The agent's adapter that is active from an invocation on, if there is one.
+
+        Raises:
+            UnsupportedAdapterError: together with other adapters; or PEFT does not know the ids.
+        """
+        activated = attachment.invocation_tokens()
+        name = next((name for name in names_in(agent) if name in activated), None) if activated else None
+        if name is None:
+            return None
+        if len(agent) > 1:
+            raise UnsupportedAdapterError(
+                f"adapter {name!r} is active from its alora_invocation_tokens on, and is used together with others "
+                f"({agent_name(agent)}). Use model.set_adapter({name!r}), and one batch for each such adapter"
+            )
+        if peft_adapters.alora_offsets_argument(attachment.lora_layers) is None:
+            raise UnsupportedAdapterError(
+                f"adapter {name!r} is active from its alora_invocation_tokens on, but PEFT was not given the tokens and leaves "
+                "it off. Call the PeftModel itself, with input_ids"
+            )
+        return name
+
+    def _seen_length(self, agent: Agent, invocations: Starts | None = None) -> int:
         """Coverage, less a last token that is to be run again."""
-        covered = self._covered(agent)
+        covered = self._covered(agent, invocations)
         return covered if self._limit is None else min(covered, self._limit)
 
     def _told_length(self) -> int:
@@ -965,6 +1040,7 @@ class SharedLoRACache(SharedCacheBase):
             yield
         finally:
             self._in_prompt, self._prompt_length, self._limit, self._new_turn = False, 0, None, False
+            self._prompt_invocations = None
             if self._recording:
                 self._recording = False
                 self._trim(self._mark)
@@ -1015,6 +1091,8 @@ class SharedLoRACache(SharedCacheBase):
                 self._first_token.setdefault(name, now.previous)
         for entry, start in now.writers:
             self._coverage[entry.key] = max(start, now.stop)
+            if entry.activated and now.invocations is not None:
+                self._invoked[entry.key] = now.invocations
         for key, length in now.rope_lengths.items():
             self._rope_length[key] = length
         self._agents.setdefault(now.agent)

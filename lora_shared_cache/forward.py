@@ -17,8 +17,9 @@ from .adapters import Agent, rows_of
 from .append import append_token
 from .attachment import Attachment, AttentionLayer, call_original, lora_forward
 from .attention import attention_backend
-from .buffers import NotReserved, TokenBuffer
+from .buffers import NotReserved, TokenBuffer, WindowBuffer
 from .errors import TrajectoryError, UnsupportedAdapterError, UnsupportedModelError
+from .invocation import Starts, active
 from .key_norm import KeyNorm
 from .layout import NO_ROTATION
 from .policies import SHARED_ENTRY, Entry, EntryKey, private_key
@@ -82,6 +83,8 @@ class ForwardPass:
             to them.
         readers: those that the agent reads, with the adapters that read them in low rank.
         group: adapters that have one A in common; see ``Policy``.
+        zeros_from: tokens from there up to ``start`` get entries that are zeros.
+        invocations: where an adapter that is active from an invocation on (aLoRA) starts in each row; None: another agent.
         ids: (B, n) of tokens ``start ... stop``, -1 where unknown.
         positions: (B or 1, n) position ids of them, or None: consecutive.
         attention_mask: (B, m) bool or None, as given.
@@ -109,6 +112,8 @@ class ForwardPass:
     writers: list[tuple[Entry, int]]
     readers: list[tuple[Entry, tuple[str, ...]]]
     group: tuple[str, ...]
+    zeros_from: dict[EntryKey, int]
+    invocations: Starts | None
     ids: torch.Tensor
     positions: torch.Tensor | None
     attention_mask: torch.Tensor | None
@@ -124,6 +129,12 @@ class ForwardPass:
     blind: bool = False
     staged: bool = False
     window_ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def alora_offsets(self) -> list[int | None]:
+        """The same as PEFT's argument: counted from the last token that is run."""
+        starts = self.invocations or ()
+        return [self.stop - start if start is not None and start < self.stop else None for start in starts]
 
     def commit(self) -> None:
         """Make the pass's tokens part of the cache."""
@@ -347,12 +358,37 @@ class LayerPass:
                 part = of_rows(part)
             elif ones:
                 part = torch.cat((part, part.new_ones(*part.shape[:-1], 1)), dim=-1)
+            if entry.activated:
+                part = self._from_invocation(entry, which, start, part.to(dtype))
             if now.slot is None:
                 self._take(entry, which, start, part.to(dtype))
             else:
                 self._put(entry.key, which, part)
                 if which == "k_proj":
                     self._fresh[entry.key] = part
+
+    def _from_invocation(self, entry: Entry, which: str, start: int, part: torch.Tensor) -> torch.Tensor:
+        """Entries (B, n, r) of tokens ``start ...``, zeros before each row's invocation; so are those that are missing yet."""
+        now = self.forward_pass
+        assert now.invocations is not None
+        self._fill(entry, which, part, 0.0)
+        return part * active(now.invocations, start, now.stop, part.device)
+
+    def _fill(self, entry: Entry, which: str, like: torch.Tensor, number: float) -> None:
+        """Of tokens that others ran before an invocation: the same number everywhere; on a sliding layer as far as it is read."""
+        now = self.forward_pass
+        before = now.zeros_from.get(entry.key, now.start)
+        if before >= now.start:
+            return
+        buffer = self.storage.entry(entry.key, which)
+        if isinstance(buffer, WindowBuffer) and before <= self.start:
+            buffer.restart(self.start)
+            before = self.start
+        if before == now.start:
+            return
+        shape = list(like.shape)
+        shape[buffer.token_dim] = now.start - before
+        buffer.write(before - buffer.start, like.new_full(shape, number))
 
     def _put(self, key: EntryKey, which: str, new: torch.Tensor) -> None:
         if which not in self.storage.entries.get(key, {}):
@@ -395,6 +431,9 @@ class LayerPass:
             delta = (a[:, None].to(up.dtype) @ up).transpose(1, 2).flatten(2)
             adapted = norm.rms(base[:, start - now.start :].to(up.dtype) + delta)
             gains = dict(gain=shared[:, :, start - now.start :] / adapted, delta_gain=1 / adapted)
+            # Without an adapter the key is the base's.
+            self._fill(entry, "gain", gains["gain"], 1.0)
+            self._fill(entry, "delta_gain", gains["gain"], 0.0)
             for which, numbers in gains.items():
                 if now.slot is None:
                     self._take(entry, which, start, numbers)
@@ -876,7 +915,6 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
     remembered = trajectory.token_ids
     remembered_positions = trajectory.positions(0, trajectory.length) if trajectory.length else None
     agent = cache._start_turn(attachment, whole=n > 1)
-    covered = cache._seen_length(agent)
 
     mask = kwargs.get("attention_mask")
     mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
@@ -898,6 +936,11 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
     looks = n > 1 or not cache._in_prompt or start < cache._prompt_length
     if cache.check_tokens and position_ids is not None:
         trajectory.check_positions(position_ids, start)
+    invocations = None
+    if cache._check_activated(attachment, agent):
+        whole = known if remembered is None else torch.cat((remembered[:, :start].to(known.device), known), dim=1)
+        invocations = cache._invocations_of_call(agent, whole)
+    covered = cache._seen_length(agent, invocations)
     if start < covered:
         drop = _tokens_to_drop(start, n, covered, cache)
         kwargs, known, start, n = _drop_tokens(kwargs, known, drop), known[:, drop:], start + drop, n - drop
@@ -916,8 +959,15 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
     assert policy is not None
     window_start, blind = cache._window_before(agent, start)
     writers = []
+    zeros_from = {}
     for entry in () if blind else policy.writers(agent):
-        written = cache._coverage.get(entry.key, 0)
+        written = cache._written(entry, invocations)
+        if entry.activated:
+            # What was computed for another invocation is about to be overwritten.
+            cache._coverage[entry.key] = written if written >= start else 0
+            if written < start:
+                # Tokens before the invocation: whoever ran them, the adapter had no part in them.
+                zeros_from[entry.key], written = written, start
         if written >= start:
             # A cache with a gap before `start` can't be appended to; its adapter fills it on its own turn.
             writers.append((entry, max(written, start)))
@@ -931,11 +981,13 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
         writers=writers,
         readers=policy.readers(agent),
         group=policy.group,
+        zeros_from=zeros_from,
+        invocations=invocations,
         ids=known,
         positions=position_ids,
         attention_mask=mask,
         padded=padded,
-        lengths=dict(cache._coverage),
+        lengths={**cache._coverage, **dict.fromkeys(zeros_from, start)},
         window_start=window_start,
         keep_from=cache._keep_from(stop),
         mark=cache._next_mark(agent, stop),

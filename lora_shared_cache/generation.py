@@ -33,6 +33,7 @@ def run_generate(
     """
     cache._bind(attachment)
     try:
+        _find_invocations(attachment, cache, args, kwargs)
         limit, length = _check_prompt(attachment, cache, args, kwargs)
         with cache._prompt(length, limit):
             return original(*args, **kwargs)
@@ -40,6 +41,31 @@ def run_generate(
         # PEFT leaves its own behind, and they would say what the next call's rows are.
         peft_adapters.remove_left_hooks(attachment.lora_layers)
         raise
+    finally:
+        cache._prompt_invocations = None
+
+
+def _find_invocations(attachment: Attachment, cache: SharedLoRACache, args: tuple, kwargs: dict[str, Any]) -> None:
+    """For an adapter that is active from an invocation on (aLoRA): where that is in this prompt, for the whole call."""
+    attachment.refresh()
+    agent = attachment.agent()
+    inputs = _inputs(args, kwargs)
+    name = cache._check_activated(attachment, agent)
+    if name is None or inputs is None or inputs.is_floating_point():
+        return
+    mask = kwargs.get("attention_mask")
+    before = mask.shape[1] - inputs.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else 0
+    recorded = cache.token_ids
+    if before > 0 and recorded is not None and len(recorded) == len(inputs):
+        inputs = torch.cat((recorded[:, :before].to(inputs.device), inputs), dim=1)
+    offsets = peft_adapters.alora_offsets_argument(attachment.lora_layers)
+    cache._prompt_invocations = (offsets, cache._invocations([name], inputs, offsets))
+
+
+def _inputs(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The prompt of ``generate``: ids (B, n), or embeddings (B, n, hidden size)."""
+    given = (args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+    return next((value for value in given if value is not None), None)
 
 
 def _check_prompt(
@@ -48,11 +74,7 @@ def _check_prompt(
     """The token from which on a prompt is run again, if there is one, and the length of the prompt that was checked."""
     if cache.trajectory_length == 0:
         return None, 0
-    inputs = args[0] if args else kwargs.get("inputs")
-    if inputs is None:
-        inputs = kwargs.get("input_ids")
-    if inputs is None:
-        inputs = kwargs.get("inputs_embeds")
+    inputs = _inputs(args, kwargs)
     config = (
         kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or attachment.root.generation_config
     )

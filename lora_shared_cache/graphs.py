@@ -432,6 +432,8 @@ class DecodeGraphs:
         position_ids = kwargs.get("position_ids")
         if isinstance(position_ids, torch.Tensor) and position_ids.dim() != 2:
             raise CannotCapture("position_ids have more than two dimensions")
+        if now.invocations is not None:
+            raise CannotCapture("the adapter is active from an invocation on (aLoRA)")
         if attachment.has_hooks(_KNOWN_HOOKS):
             raise CannotCapture("modules of the model have hooks, which a replay would not call")
         config = attachment.decoder.config

@@ -41,6 +41,7 @@ class Entry:
         shared: those adapters have one A in common (else their A's stand below each other).
         gains: it holds only the two numbers per key of one adapter, on models that normalise keys (``key_norm.py``); its
             low-rank entries are those of :data:`SHARED_ENTRY`.
+        activated: they are those of an adapter that is active from an invocation on (aLoRA), and zeros before.
 
     With the key of an agent whose rows have adapters of their own, each row's entries are those of its adapter, with zeros up to
     the largest rank.
@@ -50,6 +51,7 @@ class Entry:
     names: tuple[str, ...]
     shared: bool = False
     gains: bool = False
+    activated: bool = False
 
     @property
     def rows(self) -> tuple[str, ...] | None:
@@ -66,6 +68,8 @@ class Policy:
         adapters: loaded adapters with a LoRA on some k_proj or v_proj, sorted.
         group: of those, the ones that share A; only with "base_lr_shared".
         key_norm: the model normalises keys that adapters change: each adapter has two numbers of its own per key.
+        activated: of ``adapters``, those that are active from an invocation on (aLoRA). Others' tokens need no entries of theirs,
+            so each has its own under every policy.
         private: some layers are private: each agent has K and V of its own there. Only with "base_shared".
     """
 
@@ -74,6 +78,7 @@ class Policy:
     group: tuple[str, ...] = ()
     key_norm: bool = False
     private: bool = False
+    activated: tuple[str, ...] = ()
 
     def readers(self, agent: Agent) -> list[tuple[Entry, tuple[str, ...]]]:
         """What the agent needs, each with the agent's adapters that read it in low rank.
@@ -87,6 +92,8 @@ class Policy:
 
     def _low_rank(self, agent: Agent) -> list[tuple[Entry, tuple[str, ...]]]:
         names = tuple(name for name in names_in(agent) if name in self.adapters)
+        if any(name in self.activated for name in names):
+            return [(Entry(agent, names, activated=True), names)]
         if self.name == "lr_precomputed":
             return [(Entry((name,), (name,)), (name,)) for name in names]
         found: list[tuple[Entry, tuple[str, ...]]] = []
@@ -104,7 +111,8 @@ class Policy:
     def writers(self, agent: Agent) -> list[Entry]:
         """What is written while the agent processes tokens."""
         if self.name == "lr_precomputed":
-            return [Entry((name,), (name,)) for name in self.adapters]
+            own = [entry for entry, _ in self._low_rank(agent) if entry.activated]
+            return own + [Entry((name,), (name,)) for name in self.adapters if name not in self.activated]
         entries = [entry for entry, _ in self.readers(agent)]
         if self.group and all(entry.key != SHARED_ENTRY for entry in entries):
             # Whoever processes a token, the base model included, writes the common entry.

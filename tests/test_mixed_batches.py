@@ -18,6 +18,7 @@ from .tiny import (
     lora,
     share_a,
     tiny_llama,
+    tiny_mistral,
     tokens,
     twin,
     with_adapters,
@@ -273,4 +274,13 @@ def test_private_layers():
     model = agents_model()
     alone, cache, ids = RowsAlone(twin(model), ROWS), SharedLoRACache(private_layers=[1]), tokens(12, rows=len(ROWS))
     for part in ids.split((6, 4, 1, 1), dim=1):
+        assert_equal_logits(logits(model, part, cache, adapter_names=ROWS), alone.feed(part))
+
+
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
+def test_sliding_windows(sharing, storage):
+    """Longer than a window and what is kept besides."""
+    model = with_adapters(tiny_mistral(sliding_window=5, attention_bias=True), CONFIGS)
+    alone, cache, ids = RowsAlone(twin(model), ROWS), SharedLoRACache(sharing=sharing), tokens(190, rows=len(ROWS))
+    for part in ids.split((150, 1, 1, 38), dim=1):
         assert_equal_logits(logits(model, part, cache, adapter_names=ROWS), alone.feed(part))

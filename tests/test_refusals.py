@@ -228,15 +228,6 @@ def test_bias(bias):
     refused(model, "'one'", f"bias='{bias}'", "lora_bias")
 
 
-def test_activated_lora_on_keys_and_values():
-    model = one_adapter(alora_invocation_tokens=[1, 2], target_modules=["k_proj", "v_proj"])
-    cache = SharedLoRACache()
-    with pytest.raises(UnsupportedAdapterError) as error:
-        logits(model, tokens(7), cache)
-    assert "'one'" in str(error.value) and "ALora" in str(error.value)
-    assert cache.trajectory_length == 0
-
-
 def test_initialisations_that_change_the_base_weights():
     model = get_peft_model(tiny_llama(torch.float32), LoraConfig(target_modules=["k_proj", "v_proj"]), "one")
     model.add_adapter("two", LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights="pissa"))
