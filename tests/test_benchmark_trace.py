@@ -161,10 +161,10 @@ def test_the_script_writes_rows_a_table_and_a_plot(tmp_path, monkeypatch, capsys
     pytest.importorskip("matplotlib")
     make = agent_trace.make_runner
 
-    def fails_once(model, variant, mode, room):
+    def fails_once(model, variant, mode, room, *now):
         if variant == "base_shared" and room:
             raise RuntimeError("no such cache")
-        return make(model, variant, mode, room)
+        return make(model, variant, mode, room, *now)
 
     monkeypatch.setattr(agent_trace, "make_runner", fails_once)
     out = tmp_path / "results.json"

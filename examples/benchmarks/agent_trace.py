@@ -73,6 +73,7 @@ PEERS = ("non_shared", "fully_shared")
 POLICIES = ("base_shared", "base_lr_shared", "lr_precomputed")
 VARIANTS = (*PEERS, *POLICIES)
 MODES = ("eager", "captured", "growing")
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 # Rank, and what has a LoRA. The first is the one of the paper.
 ADAPTERS = {"r8-qv": (8, "qv"), "r16-qkvo": (16, "attention")}
 SMOLLM2 = "smollm2-135m"
@@ -104,10 +105,16 @@ class Runner(Protocol):
 
 
 class Generate:
-    """``model.generate`` with one cache for all agents, or one for each."""
+    """``model.generate`` with one cache for all agents, or one for each; ``now`` is the clock, in seconds."""
 
-    def __init__(self, model: PeftModel, make: Callable[[], Cache], one_for_all: bool):
-        self.model, self.make, self.one_for_all = model, make, one_for_all
+    def __init__(
+        self,
+        model: PeftModel,
+        make: Callable[[], Cache],
+        one_for_all: bool,
+        now: Callable[[], float] = time.perf_counter,
+    ):
+        self.model, self.make, self.one_for_all, self.now = model, make, one_for_all, now
         self.caches: dict[str, Cache] = {}
 
     def cache_of(self, role: str) -> Cache:
@@ -118,15 +125,15 @@ class Generate:
 
     def take_turn(self, role: str, text: torch.Tensor, tokens: int) -> tuple[torch.Tensor, Times]:
         cache = self.cache_of(role)
-        clock = Clock(text.device, (1,), {})
+        clock = Clock(text.device, (1,), {}, self.now)
         self.model.set_adapter(role)
-        switched = time.perf_counter() - clock.start
+        switched = self.now() - clock.start
         out = self.model.generate(
             input_ids=text, attention_mask=torch.ones_like(text), past_key_values=cache, max_new_tokens=tokens,
             min_new_tokens=tokens, do_sample=False, pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]),
         )  # fmt: skip
         synchronize(text.device)
-        return out, Times(switched, clock.seconds[1], time.perf_counter() - clock.start)
+        return out, Times(switched, clock.seconds[1], self.now() - clock.start)
 
     def rewind(self) -> None:
         # All but one token: an empty cache would give back its storage, and with it the graphs.
@@ -147,7 +154,9 @@ def _cache_bytes(cache: Cache) -> tuple[int, int]:
     return whole, whole
 
 
-def make_runner(model: PeftModel, variant: str, mode: str, room: int) -> Runner:
+def make_runner(
+    model: PeftModel, variant: str, mode: str, room: int, now: Callable[[], float] = time.perf_counter
+) -> Runner:
     """The caches of a variant, empty. ``room``: tokens that storage allocated at once must hold."""
     if variant in POLICIES:
 
@@ -156,12 +165,12 @@ def make_runner(model: PeftModel, variant: str, mode: str, room: int) -> Runner:
                 model, sharing=variant, cuda_graphs=mode != "eager", max_cache_len=room if mode == "captured" else None
             )  # type: ignore[arg-type]
 
-        return Generate(model, make, one_for_all=True)
+        return Generate(model, make, True, now)
     if mode == "growing":
         raise ValueError(f"{variant} is not captured with growing storage")
     if mode == "captured":
         return StaticSteps(model, room, one_for_all=variant == "fully_shared")
-    return Generate(model, lambda: DynamicCache(config=model.config), one_for_all=variant == "fully_shared")
+    return Generate(model, lambda: DynamicCache(config=model.config), variant == "fully_shared", now)
 
 
 def replay(runner: Runner, trace: Trace, pieces: Sequence[torch.Tensor], most: int | None = None) -> list[Times]:
@@ -255,6 +264,7 @@ class Setting:
     Attributes:
         model_of: the model that a variant runs with.
         weights: bytes on the device before any cache.
+        now: the clock that turns are measured with.
     """
 
     trace: Trace
@@ -262,6 +272,7 @@ class Setting:
     model_of: Callable[[str], PeftModel]
     device: torch.device
     weights: int
+    now: Callable[[], float] = time.perf_counter
 
     @property
     def room(self) -> int:
@@ -373,7 +384,7 @@ class Bench:
         if first_time or mode == "captured":
             start = time.perf_counter()
             prepare(setting, variant)
-            runner = make_runner(model, variant, mode, setting.room)
+            runner = make_runner(model, variant, mode, setting.room, setting.now)
             if device.type == "cuda" or mode == "captured":
                 replay(runner, trace, pieces, WARM_TOKENS[mode])
                 warming = time.perf_counter() - start
@@ -382,7 +393,7 @@ class Bench:
         if mode == "captured":
             runner.rewind()
         else:
-            runner = make_runner(model, variant, mode, setting.room)
+            runner = make_runner(model, variant, mode, setting.room, setting.now)
             release(device)
         peak(device, 0)
         run = replay(runner, trace, pieces)
@@ -401,7 +412,9 @@ class Bench:
         del runner, caches, ours
         release(device)
         if mode == "captured" and variant in POLICIES and first_time:
-            fresh = sum(t.whole for t in replay(make_runner(model, variant, mode, setting.room), trace, pieces))
+            fresh = sum(
+                t.whole for t in replay(make_runner(model, variant, mode, setting.room, setting.now), trace, pieces)
+            )
         self.runs.setdefault(cell, []).append(run)
         row |= summarise(setting, variant, self.runs[cell])
         if warming is not None and first_time:
@@ -488,11 +501,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="SmolLM2-135M with its real adapters in float32, eager")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="process: CPU seconds of this process, for a CPU that others use; with --threads 1",
+    )
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1:
         parser.error("--repeats must be 1 or more")
+    if arguments.clock == "process" and (arguments.device != "cpu" and not arguments.cpu or arguments.threads != 1):
+        parser.error("--clock process needs a CPU and --threads 1")
     if arguments.episode and not arguments.trace:
         parser.error("--episode needs --trace")
     if arguments.cpu:
@@ -533,7 +554,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = ("shape", "rank", "adapters", "adapter_dtype", "new_tokens")
     common = {name: value for name, value in about(arguments, device).items() if name not in own}
     common |= dict(
-        cpu=platform.processor() or platform.machine(), threads=torch.get_num_threads(), trace=trace.name,
+        cpu=platform.processor() or platform.machine(), threads=torch.get_num_threads(), clock=arguments.clock, trace=trace.name,
         generated=trace.generated, switches=trace.switches, adapters_loaded=len(trace.roles), repeats=arguments.repeats,
     )  # fmt: skip
     report = Report(arguments.out, common)
@@ -559,7 +580,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     model_of = lambda variant, model=model: model  # noqa: E731
                     pieces = random_pieces(stretched, base.config.vocab_size, device)
                 release(device)
-                setting = Setting(stretched, pieces, model_of, device, allocated(device))
+                setting = Setting(stretched, pieces, model_of, device, allocated(device), CLOCKS[arguments.clock])
                 cells = wanted_cells(name, adapters, stretched.total, arguments)
                 well = run_cells(cells, setting, report, arguments) and well
                 if not arguments.cpu:

@@ -224,19 +224,25 @@ def peak(device: torch.device, weights: int) -> int | None:
 class Clock(StoppingCriteria):
     """Notes the time when chosen tokens of a call of ``generate`` are there; it never stops, and waits only for those."""
 
-    def __init__(self, device: torch.device, tokens: tuple[int, ...], actions: dict[int, Callable[[], Any]]):
-        self.device, self.tokens, self.actions = device, tokens, actions
+    def __init__(
+        self,
+        device: torch.device,
+        tokens: tuple[int, ...],
+        actions: dict[int, Callable[[], Any]],
+        now: Callable[[], float] = time.perf_counter,
+    ):
+        self.device, self.tokens, self.actions, self.now = device, tokens, actions, now
         self.seconds: dict[int, float] = {}
         self.count = 0
         self.go_on = torch.zeros(1, dtype=torch.bool, device=device)
         synchronize(device)
-        self.start = time.perf_counter()
+        self.start = now()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.count += 1
         if self.count in self.tokens or self.count in self.actions:
             synchronize(self.device)
-            self.seconds[self.count] = time.perf_counter() - self.start
+            self.seconds[self.count] = self.now() - self.start
             self.actions.get(self.count, lambda: None)()
         return self.go_on
 
