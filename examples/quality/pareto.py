@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--replays", type=Path, nargs="+", help="of replay.py",
-        default=[benchmarks / "quality_dev50.json", benchmarks / "quality_private.json"],
+        default=[benchmarks / "quality_dev50.json"],
     )  # fmt: skip
     parser.add_argument("--what-if", type=Path, default=benchmarks / "quality_what_if.json", help="of what_if.py")
     parser.add_argument(
