@@ -261,7 +261,12 @@ def test_the_pareto_script(tmp_path, monkeypatch):
     # What was measured with the cache takes the place of what was simulated before.
     found = json.loads((tmp_path / "out.json").read_text())["points"]
     assert sum(p["policy"] == "base_shared+private:8-21" for p in found) == 1 and not any(p["simulated"] for p in found)
-    pareto.main([*arguments, "--replays", str(benchmarks / "quality_dev50.json")])
+    # Without that measurement the simulation stands in for it.
+    measured = json.loads((benchmarks / "quality_dev50.json").read_text())
+    for name in [name for name in measured["summary"]["separate"] if "private" in name]:
+        del measured["summary"]["separate"][name]
+    (tmp_path / "replay.json").write_text(json.dumps(measured))
+    pareto.main([*arguments, "--replays", str(tmp_path / "replay.json")])
     assert (tmp_path / "out.png").stat().st_size > 10000
     result = json.loads((tmp_path / "out.json").read_text())
     found = {(p["adapters"], p["policy"], p["episodes"]): p for p in result["points"]}
