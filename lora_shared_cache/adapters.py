@@ -104,7 +104,9 @@ def down_projection(module: Any, names: Sequence[str]) -> DownProjection:
     return DownProjection(weight.detach(), any(module.lora_bias.get(name, False) for name in names))
 
 
-def up_projection(module: Any, names: Sequence[str], head_dim: int, shared: bool, ones: bool) -> torch.Tensor:
+def up_projection(
+    module: Any, names: Sequence[str], head_dim: int, shared: bool, ones: bool, columns: torch.Tensor | None = None
+) -> torch.Tensor:
     """The B's of ``names`` times their scaling, split into heads.
 
     Args:
@@ -113,6 +115,7 @@ def up_projection(module: Any, names: Sequence[str], head_dim: int, shared: bool
         shared: the adapters have one A in common: their B's are added; otherwise they stand below each other, as the
             A's do in :func:`down_projection`.
         ones: a last row with the scaled ``lora_bias`` follows.
+        columns: (Hk * D,) of the layer's outputs, those wanted of a fused projection; None: all.
 
     Returns:
         (Hk, r, D) float32 (float64 for float64 adapters).
@@ -126,6 +129,8 @@ def up_projection(module: Any, names: Sequence[str], head_dim: int, shared: bool
             if module.lora_B[name].bias is not None:
                 bias = bias + module.lora_B[name].bias.detach().to(dtype) * module.scaling[name]
         up = torch.cat((up, bias))
+    if columns is not None:
+        up = up[:, columns.to(up.device)]
     return up.view(up.shape[0], -1, head_dim).transpose(0, 1).contiguous()
 
 

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 from . import adapters as peft_adapters
 from .attachment import (
-    PROJECTIONS,
+    FUSED_PROJECTIONS,
     Attachment,
     AttentionLayer,
     ModuleRecord,
     call_original,
+    key_value_sources,
     record_of,
     replace_forward,
     restore_forward,
@@ -55,7 +56,7 @@ def attach(model: nn.Module) -> nn.Module:
 
     Raises:
         UnsupportedModelError: the model has attention layers whose keys and values do not come from ``k_proj`` and
-            ``v_proj``, or none at all.
+            ``v_proj`` or from one fused projection, or none at all.
     """
     register_attention()
     root = _unwrap(model)
@@ -81,14 +82,22 @@ def _attach(root: Any) -> None:
             f"{type(root).__name__} is an encoder-decoder model; only decoders can share a cache"
         )
     modules = _attention_layers(root)
-    unknown = [path for path, m in modules.items() if not all(hasattr(m, which) for which in PROJECTIONS)]
+    sources = {path: key_value_sources(module) for path, module in modules.items()}
+    unknown = [path for path in modules if sources[path] is None]
     if unknown or not modules:
         where = f"{unknown[0]} ({type(modules[unknown[0]]).__name__})" if unknown else type(root).__name__
         raise UnsupportedModelError(
-            f"{where} has no attention with separate k_proj and v_proj, which SharedLoRACache needs (fused projections and "
-            "latent attention are not supported). Use a DynamicCache per adapter"
+            f"{where} has no attention with k_proj and v_proj or one of {', '.join(FUSED_PROJECTIONS)}, which "
+            "SharedLoRACache needs (latent attention is not supported). Use a DynamicCache per adapter"
         )
     decoder = _decoder_of(root, modules)
+    if not any(getattr(decoder, f"_supports_{what}", False) for what in ("attention_backend", "sdpa", "flash_attn")):
+        # Its masks are made for its own attention, so it may break before its layers can be tried out.
+        name = type(next(iter(modules.values()))).__name__
+        raise UnsupportedModelError(
+            f"{name}: {type(decoder).__name__} has eager attention only. It does not call its attention through Transformers' "
+            "attention interface, so the low-rank part can't be applied inside it. Use a DynamicCache per adapter"
+        )
     attachment = Attachment(root, decoder)
     layer_types = getattr(decoder.config, "layer_types", None)
     for path, module in modules.items():
@@ -98,7 +107,7 @@ def _attach(root: Any) -> None:
                 f"{path} and {attachment.layers[index].path} both write layer {index} of the cache"
             )
         rope_key = layer_types[index] if layer_types is not None and index < len(layer_types) else ""
-        attachment.layers[index] = AttentionLayer(module, path, index, rope_key, attachment)
+        attachment.layers[index] = AttentionLayer(module, path, index, rope_key, attachment, sources[path] or {})
     if sorted(attachment.layers) != list(range(len(attachment.layers))):
         raise UnsupportedModelError(
             f"{type(root).__name__} has attention in layers {sorted(attachment.layers)} only; the other layers keep a state "

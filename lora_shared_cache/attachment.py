@@ -23,8 +23,8 @@ from . import adapters as peft_adapters
 from .adapters import Agent, is_lora
 from .attention import ATTENTION_NAME, forget_original, remember_original
 from .digest import Digest, DigestReader, digest
-from .errors import UnsupportedAdapterError, UnsupportedModelError
-from .key_norm import find_key_norm, has_key_norm
+from .errors import UnsupportedAdapterError
+from .key_norm import KeyNorm, find_key_norm, has_key_norm
 from .layout import NO_ROTATION, LayoutProbe, RotaryLayout, find_layout
 from .policies import DownDigests
 from .products import linear_of_rows, linear_with_adapters, plain_adapters
@@ -32,7 +32,10 @@ from .scopes import forward_scope, layer_scope
 
 # The attribute that marks an attached module and holds its record.
 _RECORD = "_lora_shared_cache"
+# The two roles; what plays them is `AttentionLayer.sources`.
 PROJECTIONS = ("k_proj", "v_proj")
+# Names of projections that give queries, keys and values at once; which columns are what is found by trying.
+FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
 # Guards the switch of a config's attention implementation; module level, so that models stay copyable.
 _switch_lock = threading.Lock()
@@ -134,7 +137,9 @@ class AttentionLayer:
         layer_idx: its index in the cache.
         rope_key: layers with the same key get the same cos/sin (the layer type).
         attachment: the model's attachment.
+        sources: the name of the module that gives "k_proj" and "v_proj": these themselves, or one fused projection for both.
         layout: how keys are rotated; None until the first shared forward pass tried it out.
+        probed: the adapted projections when it was tried out.
     """
 
     module: Any
@@ -142,6 +147,7 @@ class AttentionLayer:
     layer_idx: int
     rope_key: str
     attachment: Attachment
+    sources: dict[str, str]
     layout: RotaryLayout | None = None
     probed: tuple[str, ...] = ()
 
@@ -150,19 +156,20 @@ class AttentionLayer:
         """Path and class, for messages."""
         return f"{self.path} ({type(self.module).__name__})"
 
-    def projection(self, which: str) -> Any:
-        """The module ``k_proj`` or ``v_proj`` as it is now (PEFT replaces it when the first adapter comes)."""
-        return getattr(self.module, which)
-
-    def out_features(self, which: str) -> int:
-        """Output width Hk * D of ``k_proj`` or ``v_proj``."""
-        projection = self.projection(which)
-        return int(projection.out_features)
-
     @property
-    def head_dim(self) -> int:
-        """D."""
-        return int(self.module.head_dim)
+    def modules(self) -> tuple[str, ...]:
+        """Names of the projections that give keys or values, each once. Low-rank entries are stored under these names."""
+        return tuple(dict.fromkeys(self.sources.values()))
+
+    def projection(self, which: str) -> Any:
+        """The module that gives "k_proj" or "v_proj", or that of a name in :attr:`modules`, as it is now (PEFT replaces it when
+        the first adapter comes)."""
+        return getattr(self.module, self.sources.get(which, which))
+
+    def columns(self, which: str) -> torch.Tensor | None:
+        """The output columns of a fused projection that are the keys ("k_proj") or values ("v_proj"); None: all."""
+        fused = None if self.layout is None else self.layout.fused
+        return None if fused is None else fused.key if which == "k_proj" else fused.value
 
     def find_layout(self, kwargs: dict[str, Any]) -> None:
         """Try the layer out, once for each set of adapted projections.
@@ -170,21 +177,29 @@ class AttentionLayer:
         Raises:
             UnsupportedModelError: the layer can't be expressed as base + low-rank part.
         """
-        adapted = tuple(which for which in PROJECTIONS if is_lora(self.projection(which)))
+        adapted = tuple(which for which in self.modules if is_lora(self.projection(which)))
         if self.layout is not None and self.probed == adapted:
             return
         if not adapted:
             self.layout, self.probed = NO_ROTATION, adapted
             return
-        if not isinstance(getattr(self.module, "head_dim", None), int):
-            raise UnsupportedModelError(f"{self.name}: it has no head_dim, so its keys can't be split into heads")
-        widths = {which: self.out_features(which) for which in adapted}
+        widths = {which: int(self.projection(which).out_features) for which in adapted}
         forward = functools.partial(call_original, self.module)
-        norm = None
-        if "k_proj" in adapted:
-            norm = find_key_norm(self.module, widths["k_proj"], self.head_dim, kwargs["hidden_states"].device)
-        self.layout = find_layout(self.name, forward, kwargs, widths, self.head_dim, norm)
+        device = kwargs["hidden_states"].device
+
+        def norm(width: int, head_dim: int) -> KeyNorm | None:
+            return find_key_norm(self.module, width, head_dim, device)
+
+        self.layout = find_layout(self.name, forward, kwargs, self.sources, widths, norm)
         self.probed = adapted
+
+
+def key_value_sources(attention: Any) -> dict[str, str] | None:
+    """Which modules of an attention layer give "k_proj" and "v_proj", or None: no known ones."""
+    if all(hasattr(attention, which) for which in PROJECTIONS):
+        return {which: which for which in PROJECTIONS}
+    fused = next((name for name in FUSED_PROJECTIONS if isinstance(getattr(attention, name, None), nn.Module)), None)
+    return None if fused is None else dict.fromkeys(PROJECTIONS, fused)
 
 
 @dataclass
@@ -237,7 +252,7 @@ class Attachment:
         self._names = tuple(sorted({name for _, module in self.lora_layers for name in module.scaling}))
         names: set[str] = set()
         for layer in self.layers.values():
-            for which in PROJECTIONS:
+            for which in layer.modules:
                 projection = layer.projection(which)
                 if is_lora(projection):
                     names.update(projection.lora_A)
@@ -264,10 +279,10 @@ class Attachment:
         return tuple(getattr(self.root, "peft_config", None) or ())
 
     def _look(self) -> tuple:
-        if len(self._projections[0]) != len(PROJECTIONS) * len(self.layers):
+        if not self._projections[0]:
             # Where the projections are; their modules change, these dicts do not.
             for layer in self.layers.values():
-                for which in PROJECTIONS:
+                for which in layer.modules:
                     _append(self._projections, layer.module._modules, which)
         return (
             self._configured(),
@@ -366,7 +381,7 @@ class Attachment:
         """Content of an adapter's A on each ``k_proj`` and ``v_proj`` it adapts."""
         places: DownDigests = {}
         for index, layer in self.layers.items():
-            for which in PROJECTIONS:
+            for which in layer.modules:
                 projection = layer.projection(which)
                 if is_lora(projection) and name in projection.lora_A:
                     down = peft_adapters.down_projection(projection, [name])
@@ -439,7 +454,7 @@ class Attachment:
         watches = [self._watches[name] if name in looked_at else self.watch(name) for name in known]
         if self._expressible.get((wanted, private)) != watches:
             for index, layer in self.layers.items():
-                for which in PROJECTIONS:
+                for which in layer.modules:
                     peft_adapters.check_expressible(
                         f"{layer.path}.{which}", layer.projection(which), wanted, split=index not in private
                     )
@@ -502,7 +517,7 @@ class Attachment:
 
 @dataclass
 class ProjectionRecord:
-    """What a replaced ``k_proj`` or ``v_proj`` knows."""
+    """What a replaced projection of keys or values knows."""
 
     layer: AttentionLayer
     which: str

@@ -92,7 +92,7 @@ def shared_lora_attention(
     if scope is None:
         return _original_attention(module)(module, query, key, value, attention_mask, **kwargs)
     if isinstance(scope, LayoutProbe):
-        scope.attention(key, value, attention_mask)
+        scope.attention(query, key, value, attention_mask)
     if kwargs.get("dropout"):
         raise SharedCacheError(
             f"attention dropout {kwargs['dropout']} in training mode can't be used with a SharedLoRACache. Call model.eval()"

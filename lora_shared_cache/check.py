@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from .adapters import check_model_wide
 from .attach import attach, attachment_of, detach
-from .attachment import PROJECTIONS
+from .attachment import FUSED_PROJECTIONS, PROJECTIONS
 from .buffers import window_and_margin
 from .cache import SharedLoRACache
 from .digest import digest
@@ -153,17 +153,21 @@ def check(model: str | Path, adapters: dict[str, str | Path] | None = None) -> C
     text_config = config.get_text_config(decoder=True)
     result = CheckResult(str(model), str(config.model_type))
     configs = {name: PeftConfig.from_pretrained(str(path)) for name, path in (adapters or {}).items()}
-    if not configs:
-        result.notes.append(
-            "no adapter was given: a LoRA with r=16 on q_proj, k_proj, v_proj and o_proj is assumed, twice"
-        )
-        wanted = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        configs = {name: LoraConfig(r=16, target_modules=wanted, task_type="CAUSAL_LM") for name in ("one", "two")}
     try:
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(text_config)
-        _describe(whole, text_config, configs, result)
-        _try(text_config, configs, result)
+        if not configs:
+            there = {path.rpartition(".")[2] for path, _ in whole.named_modules()}
+            wanted = [name for name in ("q_proj", "k_proj", "v_proj", *FUSED_PROJECTIONS, "o_proj") if name in there]
+            result.notes.append(
+                f"no adapter was given: a LoRA with r=16 on {', '.join(wanted) or 'q_proj, k_proj and v_proj'} is assumed, twice"
+            )
+            configs = {name: LoraConfig(r=16, target_modules=wanted, task_type="CAUSAL_LM") for name in ("one", "two")}
+        fused = _describe(whole, text_config, configs, result)
+        widths = _try(text_config, configs, result)
+        if fused:
+            size = (getattr(text_config, "dtype", None) or torch.bfloat16).itemsize
+            result.bytes_per_token["base"] += sum(widths[name] * n * size for name, n in fused.items())
         weights = {name: load_peft_weights(str(path), device="cpu") for name, path in (adapters or {}).items()}
         result.shared_a = _share_a(weights) if len(weights) > 1 else None
     except (UnsupportedModelError, UnsupportedAdapterError) as error:
@@ -176,8 +180,12 @@ def check(model: str | Path, adapters: dict[str, str | Path] | None = None) -> C
     return result
 
 
-def _describe(whole: Any, config: Any, configs: dict[str, PeftConfig], result: CheckResult) -> None:
-    """Attention classes and bytes per token, on the meta device."""
+def _describe(whole: Any, config: Any, configs: dict[str, PeftConfig], result: CheckResult) -> dict[str, int]:
+    """Attention classes and bytes per token, on the meta device.
+
+    Returns:
+        Classes with a fused projection, with how many of each: what part of its width is K and V only a trial shows.
+    """
     check_model_wide(whole, configs, tuple(configs))
     attach(whole)
     attachment = attachment_of(whole)
@@ -193,20 +201,26 @@ def _describe(whole: Any, config: Any, configs: dict[str, PeftConfig], result: C
     attach(peft_model)
     attachment = attachment_of(peft_model)
     assert attachment is not None
-    base = sliding = 0
+    base = sliding = whole = 0
+    fused: dict[str, int] = {}
     windows = sliding_windows(config)
     for index, layer in attachment.layers.items():
-        for which in PROJECTIONS:
-            sliding += layer.out_features(which) if index in windows else 0
-            base += layer.out_features(which)
+        if len(layer.modules) == 1:
+            name = type(layer.module).__name__
+            fused[name] = fused.get(name, 0) + 1
+        for which in layer.modules:
             projection = layer.projection(which)
+            whole += projection.out_features
+            sliding += projection.out_features if index in windows else 0
+            base += projection.out_features if len(layer.modules) > 1 else 0
             for name in configs:
                 if hasattr(projection, "lora_A") and name in projection.lora_A:
                     numbers[name] += projection.lora_A[name].weight.shape[0]
     result.ranks = {name: n / len(attachment.layers) for name, n in numbers.items()}
-    result.window, result.sliding_share = max(windows.values(), default=None), sliding / base
+    result.window, result.sliding_share = max(windows.values(), default=None), sliding / whole
     result.bytes_per_token = dict(base=base * size, low_rank={name: n * size for name, n in numbers.items()})
     detach(peft_model)
+    return fused
 
 
 def _with_adapters(model: Any, configs: dict[str, PeftConfig]) -> PeftModel:
@@ -254,8 +268,12 @@ def _lists_per_layer(config: Any) -> dict[str, list[Any]]:
 
 
 @torch.no_grad()
-def _try(config: Any, configs: dict[str, PeftConfig], result: CheckResult) -> None:
-    """The first adapter on the small model, through PEFT alone and through the shared cache."""
+def _try(config: Any, configs: dict[str, PeftConfig], result: CheckResult) -> dict[str, int]:
+    """The first adapter on the small model, through PEFT alone and through the shared cache.
+
+    Returns:
+        Numbers of K and V per token and layer, by attention class.
+    """
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try:
@@ -272,6 +290,9 @@ def _try(config: Any, configs: dict[str, PeftConfig], result: CheckResult) -> No
         expected = torch.cat([peft_model(piece, past_key_values=plain).logits for piece in pieces], dim=1)
         shared = SharedLoRACache(peft_model)
         actual = torch.cat([peft_model(piece, past_key_values=shared).logits for piece in pieces], dim=1)
+        attachment = attachment_of(peft_model)
+        assert attachment is not None
+        widths = {type(attachment.layers[i].module).__name__: layer.width for i, layer in enumerate(shared.layers)}
         detach(peft_model)
     finally:
         torch.random.set_rng_state(torch_state)
@@ -282,14 +303,15 @@ def _try(config: Any, configs: dict[str, PeftConfig], result: CheckResult) -> No
             f"{classes}: on a model of this shape the shared cache gave logits that differ from PEFT's by {result.error:.1e} "
             "of the largest. Please report this model"
         )
+    return widths
 
 
 def _share_a(weights: dict[str, dict[str, torch.Tensor]]) -> bool:
-    """Whether all adapters have the same A on each k_proj and v_proj that they have in common."""
+    """Whether all adapters have the same A on each projection of keys and values that they have in common."""
     seen: dict[str, tuple[int, int]] = {}
     for tensors in weights.values():
         for key, tensor in tensors.items():
-            if "lora_A" in key and any(f".{which}." in key for which in PROJECTIONS):
+            if "lora_A" in key and any(f".{which}." in key for which in (*PROJECTIONS, *FUSED_PROJECTIONS)):
                 content = digest([tensor])
                 if seen.setdefault(key, content) != content:
                     return False

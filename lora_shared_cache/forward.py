@@ -46,7 +46,8 @@ NORMS = "norms of base keys"
 
 def shared_cache_in(args: tuple, kwargs: dict[str, Any]) -> SharedLoRACache | None:
     """The :class:`SharedLoRACache` among a call's arguments, or None."""
-    cache = kwargs.get("past_key_values")
+    # GPT-NeoX and its kin call their attention's argument `layer_past`.
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     if cache is None and args:
         cache = next((a for a in args if isinstance(a, SharedCacheBase)), None)
     return cast("SharedLoRACache", cache) if isinstance(cache, SharedCacheBase) else None
@@ -309,15 +310,15 @@ class LayerPass:
     # ---- projections -----------------------------------------------------------------------------------------------
 
     def project(self, which: str, module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What ``k_proj`` or ``v_proj`` returns during the pass: the base alone; ``A x`` goes to the storage.
+        """What a projection of keys or values returns during the pass: the base alone; ``A x`` goes to the storage.
 
-        On a private layer: what PEFT returns.
+        A fused projection: the base for keys and values, what PEFT returns for queries. On a private layer: what PEFT returns.
 
         Args:
             x: (B, n, in_features).
 
         Returns:
-            (B, n, Hk * D).
+            (B, n, out_features).
         """
         if self.private is not None:
             return lora_forward(module, x, *args, **kwargs)
@@ -325,21 +326,30 @@ class LayerPass:
             # PEFT's own forward does this too: a disabled adapter must not stay in the base weights.
             module.unmerge()
         base = module.base_layer(x, *args, **{k: v for k, v in kwargs.items() if k not in peft_adapters.PEFT_ARGUMENTS})
-        self._write_entries(which, module, x, base.dtype)
+        out = self._write_entries(which, module, x, base)
         norm = None if self.layer.layout is None else self.layer.layout.key_norm
-        if which == "k_proj" and norm is not None:
-            self._write_gains(module, base, norm)
-        return base
+        if which == self.layer.sources["k_proj"] and norm is not None:
+            columns = self.layer.columns("k_proj")
+            self._write_gains(module, base if columns is None else base[..., columns], norm)
+        return out
 
-    def _write_entries(self, which: str, module: Any, x: torch.Tensor, dtype: torch.dtype) -> None:
+    def _write_entries(self, which: str, module: Any, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Store the entries of all writers; returns ``base``, to whose queries the adapters are added if there are any."""
         now = self.forward_pass
         pending = [(entry, start) for entry, start in self._pending() if not entry.gains]
+        fused = None if self.layer.layout is None else self.layer.layout.fused
+        active: tuple[str, ...] = ()
+        if fused is not None:
+            active = tuple(peft_adapters.names_on(module, peft_adapters.names_in(now.agent)))
+        if active:
+            # Queries need `A x` of every token, whether or not it is stored too.
+            pending.append((Entry(("queries", *active), active), now.start))
         if not pending:
-            return
+            return base
         key = ("down", x.device, self.layer.layer_idx, which, tuple(entry for entry, _ in pending))
         plan = now.attachment.cached_weights(key, lambda: _down_plan(module, [entry for entry, _ in pending]))
         if plan is None:
-            return
+            return base
         weight, parts = plan
         first = min(start for _, start in pending)
         # One product for all adapters; each then keeps the tokens that are new to it.
@@ -347,7 +357,10 @@ class LayerPass:
             a = F.linear(x[:, first - now.start :].to(weight.dtype), weight)
         else:
             a = now.products.down(module, weight, x)
-        dtype = now.cache.low_rank_dtype or dtype
+        if active:
+            base = self._add_to_queries(module, active, a[..., a.shape[-1] - parts[-1][0] :], base)
+            pending, parts = pending[:-1], parts[:-1]
+        dtype = now.cache.low_rank_dtype or base.dtype
         column = 0
         for (entry, start), (rank, ones, of_rows) in zip(pending, parts, strict=True):
             if rank == 0:
@@ -364,8 +377,38 @@ class LayerPass:
                 self._take(entry, which, start, part.to(dtype))
             else:
                 self._put(entry.key, which, part)
-                if which == "k_proj":
+                if which == self.layer.sources["k_proj"]:
                     self._fresh[entry.key] = part
+        return base
+
+    def _add_to_queries(self, module: Any, names: tuple[str, ...], a: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """``base`` (B, n, out) plus the part of active adapters, from ``a`` (B, n, sum of ranks), in its columns of queries."""
+        now = self.forward_pass
+        rows = rows_of(now.agent)
+        fused = self.layer.layout.fused if self.layer.layout is not None else None
+        assert fused is not None
+        columns = fused.query
+
+        def queries_only(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+            up = module.lora_B[name]
+            kept = torch.zeros_like(up.weight[:, :1], dtype=torch.bool)
+            kept[columns.to(kept.device)] = True
+            return up.weight.detach() * kept, None if up.bias is None else up.bias.detach() * kept[:, 0]
+
+        out, first = base, 0
+        for name in names:
+            key = ("queries", base.device, id(module), name)
+            weight, bias = now.attachment.cached_weights(key, partial(queries_only, name))
+            scaling: Any = module.scaling[name]
+            if rows is not None:
+                of = ("rows of", base.device, rows, name)
+                of_rows = now.attachment.cached_weights(of, partial(rows_with, rows, (name,), base.device))
+                scaling = weight.new_zeros(len(rows), 1, 1).index_fill_(0, of_rows, scaling)
+            part = a[..., first : first + weight.shape[1]].to(weight.dtype)
+            first += weight.shape[1]
+            # In PEFT's order and dtypes.
+            out = out + F.linear(part, weight, bias) * scaling
+        return out.to(base.dtype)
 
     def _from_invocation(self, entry: Entry, which: str, start: int, part: torch.Tensor) -> torch.Tensor:
         """Entries (B, n, r) of tokens ``start ...``, zeros before each row's invocation; so are those that are missing yet."""
@@ -419,7 +462,7 @@ class LayerPass:
                 continue
             source = Entry(SHARED_ENTRY, now.group, shared=True) if entry.gains else entry
             if now.slot is None:
-                a = self._numbers(source.key, "k_proj", start)
+                a = self._numbers(source.key, self.layer.sources["k_proj"], start)
             elif source.key in self._fresh:
                 a = self._fresh[source.key]
             else:
@@ -570,7 +613,7 @@ class LayerPass:
         return cast(torch.Tensor, out)
 
     def _low_rank(self, which: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The agent's entries (B, stop, r) and up-projections (Hk, r, D) for one projection, or None twice.
+        """The agent's entries (B, stop, r) and up-projections (Hk, r, D) for "k_proj" or "v_proj", or None twice.
 
         Where rows have adapters of their own: up-projections (n, Hk, r, D) of all their adapters.
         """
@@ -586,7 +629,7 @@ class LayerPass:
             names_here = tuple(peft_adapters.names_on(module, names))
             if not names_here or entry.gains:
                 continue
-            entries.append(self._entries(entry.key, which))
+            entries.append(self._entries(entry.key, self.layer.sources[which]))
             ups.append(self._up(which, module, entry, names_here, normed=which == "k_proj"))
         if not entries:
             return None, None
@@ -600,7 +643,7 @@ class LayerPass:
         if not sources:
             return None, None
         ups = self._ups_of_rows(which, module, normed=which == "k_proj")
-        stored = [self._entries(entry.key, which) for entry, _ in sources]
+        stored = [self._entries(entry.key, self.layer.sources[which]) for entry, _ in sources]
         if len(stored) == 1 and stored[0].shape[-1] == ups.shape[2]:
             # Rows that do not read it have no up-projection.
             return stored[0], ups
@@ -652,7 +695,8 @@ class LayerPass:
         key = ("up", device, self.layer.layer_idx, which, entry, names, norm is not None)
 
         def compute() -> torch.Tensor:
-            up = _up_projection(module, entry, names, self.layer.head_dim)
+            assert self.layer.layout is not None
+            up = _up_projection(module, entry, names, self.layer.layout.head_dim, self.layer.columns(which))
             return up if norm is None else norm.scaled(up)
 
         return cast(torch.Tensor, self.forward_pass.attachment.cached_weights(key, compute))
@@ -764,11 +808,13 @@ def _down_plan(
     return weights[0] if len(weights) == 1 else torch.cat([w.to(weights[0].dtype) for w in weights]), parts
 
 
-def _up_projection(module: Any, entry: Entry, names: tuple[str, ...], head_dim: int) -> torch.Tensor:
+def _up_projection(
+    module: Any, entry: Entry, names: tuple[str, ...], head_dim: int, columns: torch.Tensor | None
+) -> torch.Tensor:
     on_module = peft_adapters.names_on(module, entry.names)
     computed_with = on_module[:1] if entry.shared else on_module
     ones = any(module.lora_bias.get(name, False) for name in computed_with)
-    return peft_adapters.up_projection(module, names, head_dim, entry.shared, ones)
+    return peft_adapters.up_projection(module, names, head_dim, entry.shared, ones, columns)
 
 
 # ---- the replaced forwards -----------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""How an attention layer turns the output of ``k_proj`` and ``v_proj`` into K and V, found by trying it.
+"""How an attention layer turns the output of its key and value projections into K and V, found by trying it.
 
-Families differ in where they rotate, normalise, scale or clip keys. Instead of a list of names, one tiny call per layer
-compares what the layer gives to the cache for two inputs that differ by a known delta. Only a layer that behaves like
-``K = base + RoPE(delta)`` and ``V = base + delta`` for a rotation we know is accepted.
+Families differ in where they rotate, normalise, scale or clip keys, and in how they cut a fused projection. Instead of a list of
+names, a few tiny calls compare what a layer gives to the cache for inputs that differ by a known delta. Only a layer that behaves
+like ``K = base + RoPE(delta)`` and ``V = base + delta`` for a rotation we know is accepted.
 """
 
 from __future__ import annotations
@@ -19,27 +19,48 @@ from flash_lora_attention import apply_rope
 from .errors import UnsupportedModelError
 from .key_norm import KeyNorm
 from .scopes import layer_scope
+from .storage import SharedCacheBase
 
-_PROBE_TOKENS = 3
-# Relative to the largest entry of the expected delta; the probe runs in float32.
+# Magnitudes of the probe's tokens: an adapter's effect must be the same function of small and of large projections (clipping).
+_PROBE_SCALES = (1.0, 30.0, 1000.0)
+_PROBE_TOKENS = len(_PROBE_SCALES)
+# Relative to the largest entry of the expected delta, per token; the probe runs in float32.
 _PROBE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class FusedColumns:
+    """Which output columns of a fused projection are queries, keys and values.
+
+    Attributes:
+        query: (Hq * D,) int64, of all heads; sorted.
+        key, value: (Hk * D,) int64, in the order of heads.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 @dataclass(frozen=True)
 class RotaryLayout:
-    """How the keys of a layer are rotated.
+    """How keys and values of a layer come from its projections.
 
     Attributes:
         rotary_dim: rotated leading columns of a head; 0: no rotation.
         interleaved: pairs (2i, 2i+1) instead of (i, i + rotary_dim/2).
         columns: where the angles of the pairs stand in the model's cos/sin: "all" (half width), "first" half, or "even".
         key_norm: how keys are normalised before they are rotated; None: not at all.
+        head_dim: D; 0 if the layer was not tried out, since no adapter changes its keys and values.
+        fused: where keys and values stand in the output of a fused projection; None: they have projections of their own.
     """
 
     rotary_dim: int
     interleaved: bool = False
     columns: str = "all"
     key_norm: KeyNorm | None = None
+    head_dim: int = 0
+    fused: FusedColumns | None = None
 
     def half_width(self, cos: torch.Tensor) -> torch.Tensor:
         """The model's cos or sin (..., width) as one angle per pair (..., rotary_dim / 2)."""
@@ -62,17 +83,18 @@ class _Stop(Exception):
 
 
 class LayoutProbe(Cache):
-    """Stands in for the cache and for ``k_proj``/``v_proj`` during one tiny call of an attention layer."""
+    """Stands in for the cache and for the adapted projections during one tiny call of an attention layer."""
 
     def __init__(self, projected: dict[str, torch.Tensor]):
         super().__init__(layers=[])
         self.projected = projected
         self.states: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.query: torch.Tensor | None = None
         self.dispatched = False
         self.objection = ""
 
     def project(self, which: str) -> torch.Tensor:
-        """The made-up output of ``k_proj`` or ``v_proj``."""
+        """The made-up output of a projection."""
         return self.projected[which]
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -80,9 +102,12 @@ class LayoutProbe(Cache):
         self.states = (key_states, value_states)
         return key_states, value_states
 
-    def attention(self, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    def attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> None:
         """Called by our attention function: the layer dispatches, and nothing after this matters."""
         self.dispatched = True
+        self.query = query
         if self.states is not None and (key is not self.states[0] or value is not self.states[1]):
             self.objection = "it attends to other keys or values than it gives to the cache"
         elif attention_mask is not None:
@@ -98,19 +123,19 @@ def find_layout(
     name: str,
     forward: Callable[..., Any],
     kwargs: dict[str, Any],
+    sources: dict[str, str],
     widths: dict[str, int],
-    head_dim: int,
-    key_norm: KeyNorm | None = None,
+    key_norm: Callable[[int, int], KeyNorm | None],
 ) -> RotaryLayout:
-    """Find the rotary layout of an attention layer, or refuse the layer.
+    """Find the layout of an attention layer, or refuse the layer.
 
     Args:
         name: the layer's name and class, for the error.
         forward: the attention module's own forward.
         kwargs: keyword arguments of a real call; only shapes and dtypes are used.
-        widths: output width of the projections that carry adapters: "k_proj" and/or "v_proj".
-        head_dim: D.
-        key_norm: the norm that the layer has for its keys, if it is of a kind that can be split.
+        sources: where "k_proj" and "v_proj" come from: themselves, or both from one fused projection.
+        widths: output width of those projections that carry adapters.
+        key_norm: given Hk * D and D, the norm that the layer has for its keys, if it is of a kind that can be split.
 
     Raises:
         UnsupportedModelError: the layer does not dispatch its attention, gives nothing to the cache, or treats its keys
@@ -123,8 +148,9 @@ def find_layout(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    base = {which: random(1, _PROBE_TOKENS, width) for which, width in widths.items()}
-    delta = {which: random(1, _PROBE_TOKENS, width) for which, width in widths.items()}
+    scales = torch.tensor(_PROBE_SCALES, device=device)[None, :, None]
+    base = {which: random(1, _PROBE_TOKENS, width) * scales for which, width in widths.items()}
+    delta = {which: random(1, _PROBE_TOKENS, width) * scales for which, width in widths.items()}
     call = dict(kwargs)
     call["hidden_states"] = hidden[:1, :1].expand(1, _PROBE_TOKENS, -1)
     if "attention_mask" in call:
@@ -137,10 +163,13 @@ def find_layout(
         # Independent numbers in every column: only the columns that the layer really uses can then explain its keys.
         cos, sin = (random(1, _PROBE_TOKENS, t.shape[-1]) for t in embeddings)
         call["position_embeddings"] = (cos, sin)
+    cache_argument = next(
+        (key for key, value in kwargs.items() if isinstance(value, SharedCacheBase)), "past_key_values"
+    )
 
-    def states(projected: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(projected: dict[str, torch.Tensor]) -> LayoutProbe:
         probe = LayoutProbe(projected)
-        call["past_key_values"] = probe
+        call[cache_argument] = probe
         try:
             with layer_scope(probe), torch.no_grad():
                 forward(**call)
@@ -157,10 +186,16 @@ def find_layout(
             )
         if probe.objection:
             raise UnsupportedModelError(f"{name}: {probe.objection}, so the low-rank part can't be applied inside it")
-        return probe.states
+        return probe
+
+    def states(projected: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        found = run(projected).states
+        assert found is not None
+        return found
 
     before = states(base)
     after = states({which: base[which] + delta[which] for which in widths})
+    key_heads, head_dim = before[0].shape[1], before[0].shape[-1]
 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.view(1, _PROBE_TOKENS, -1, head_dim).transpose(1, 2)
@@ -168,37 +203,107 @@ def find_layout(
     def explains(expected: torch.Tensor, actual: torch.Tensor) -> bool:
         if expected.shape != actual.shape:
             return False
-        return bool((expected - actual).abs().max() <= _PROBE_TOLERANCE * expected.abs().max())
+        worst, largest = ((x.abs().amax((0, 1, 3))) for x in (expected - actual, expected))
+        return bool((worst <= _PROBE_TOLERANCE * largest).all())
 
-    if "v_proj" in widths and not explains(heads(delta["v_proj"]), after[1] - before[1]):
+    def delta_of(role: str, columns: FusedColumns | None) -> torch.Tensor | None:
+        """What is added to the projection's columns of this role, (1, T, Hk * D); None: it has no adapters."""
+        whole = delta.get(sources[role])
+        if whole is None or columns is None:
+            return whole
+        return whole[..., columns.key if role == "k_proj" else columns.value]
+
+    fused = sources["k_proj"] if sources["k_proj"] == sources["v_proj"] else None
+    splits: list[FusedColumns | None] = [None]
+    if fused is not None and fused in widths:
+        splits = list(_splits(base[fused][0], before[1][0], key_heads * head_dim))
+        if not splits:
+            raise UnsupportedModelError(f"{name}: its values are not columns of what {fused} gives")
+    value_delta = delta_of("v_proj", splits[0])
+    if value_delta is not None and not explains(heads(value_delta), after[1] - before[1]):
         raise UnsupportedModelError(
             f"{name}: its values are not v_proj's output split into heads of {head_dim}, so an adapter on v_proj has no "
             "low-rank form"
         )
-    if "k_proj" not in widths:
-        return NO_ROTATION
-    difference = after[0] - before[0]
-    delta_heads = heads(delta["k_proj"])
-    if key_norm is not None:
-        # gain * K_base + delta_gain * RoPE(g * delta), as the low-rank part will be applied
-        dtype = after[0].dtype
-        adapted = key_norm.rms(base["k_proj"] + delta["k_proj"]).to(dtype)
-        difference = after[0] - before[0] * (key_norm.rms(base["k_proj"]).to(dtype) / adapted)
-        weight = key_norm.weight.to(dtype)
-        delta_heads = delta_heads * (weight if key_norm.per_head else weight.view(-1, 1, head_dim)) / adapted
-    for layout in _candidates(None if cos is None else cos.shape[-1], head_dim):
-        if cos is None or sin is None or layout.rotary_dim == 0:
-            expected = delta_heads
-        elif layout.columns == "all":
-            expected = layout.rotate(delta_heads, cos, sin)
-        else:
-            expected = _rotate_full(delta_heads, cos, sin, layout)
-        if explains(expected, difference):
-            return replace(layout, key_norm=key_norm)
+    if sources["k_proj"] not in widths:
+        return replace(NO_ROTATION, head_dim=head_dim)
+    norm = key_norm(key_heads * head_dim, head_dim)
+    for columns in splits:
+        key_delta = delta_of("k_proj", columns)
+        assert key_delta is not None
+        if key_delta.shape[-1] != key_heads * head_dim:
+            continue
+        difference, delta_heads = after[0] - before[0], heads(key_delta)
+        if norm is not None:
+            # gain * K_base + delta_gain * RoPE(g * delta), as the low-rank part will be applied
+            dtype = after[0].dtype
+            own = base[sources["k_proj"]] if columns is None else base[sources["k_proj"]][..., columns.key]
+            adapted = norm.rms(own + key_delta).to(dtype)
+            difference = after[0] - before[0] * (norm.rms(own).to(dtype) / adapted)
+            weight = norm.weight.to(dtype)
+            delta_heads = delta_heads * (weight if norm.per_head else weight.view(-1, 1, head_dim)) / adapted
+        for layout in _candidates(None if cos is None else cos.shape[-1], head_dim):
+            if cos is None or sin is None or layout.rotary_dim == 0:
+                expected = delta_heads
+            elif layout.columns == "all":
+                expected = layout.rotate(delta_heads, cos, sin)
+            else:
+                expected = _rotate_full(delta_heads, cos, sin, layout)
+            if explains(expected, difference):
+                if columns is not None:
+                    _check_query(name, fused, columns, base, delta, run)
+                return replace(layout, key_norm=norm, head_dim=head_dim, fused=columns)
     raise UnsupportedModelError(
         f"{name}: its keys are not k_proj's output plus a rotation (are they normalised, scaled or clipped?), so an adapter "
         "on k_proj has no low-rank form here. Adapters without k_proj work"
     )
+
+
+def _splits(projected: torch.Tensor, values: torch.Tensor, width: int) -> list[FusedColumns]:
+    """Where queries, keys and values may stand in the output of a fused projection.
+
+    Values are found by their numbers; keys stand before them, head by head or all together, and the rest is queries.
+
+    Args:
+        projected: (T, out), all numbers different. values: (Hk, T, D), what the layer made of it. width: Hk * D.
+    """
+    flat = values.transpose(0, 1).flatten(1)
+    order = projected[0].argsort()
+    place = torch.searchsorted(projected[0][order], flat[0].contiguous()).clamp(max=order.numel() - 1)
+    value = order[place]
+    if not torch.equal(projected[:, value], flat):
+        return []
+    found = []
+    for before in dict.fromkeys((width, values.shape[-1])):
+        key = value - before
+        if bool((key >= 0).all()) and not bool(torch.isin(key, value).any()):
+            rest = torch.ones(projected.shape[1], dtype=torch.bool, device=projected.device)
+            rest[key] = rest[value] = False
+            found.append(FusedColumns(rest.nonzero().flatten(), key, value))
+    return found
+
+
+def _check_query(
+    name: str,
+    fused: str | None,
+    columns: FusedColumns,
+    base: dict[str, torch.Tensor],
+    delta: dict[str, torch.Tensor],
+    run: Callable[[dict[str, torch.Tensor]], LayoutProbe],
+) -> None:
+    """Refuse a layer whose queries depend on the columns that hold keys and values: those get the base alone.
+
+    Raises:
+        UnsupportedModelError: they do.
+    """
+    assert fused is not None
+    changed = base[fused].clone()
+    for part in (columns.key, columns.value):
+        changed[..., part] += delta[fused][..., part]
+    before, after = (run({**base, fused: projected}).query for projected in (base[fused], changed))
+    assert before is not None and after is not None
+    if not torch.equal(before, after):
+        raise UnsupportedModelError(f"{name}: its queries are made of the columns of {fused} that give keys and values")
 
 
 def _candidates(width: int | None, head_dim: int) -> list[RotaryLayout]:

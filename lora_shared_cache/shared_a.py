@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from . import adapters as peft_adapters
+from .attachment import FUSED_PROJECTIONS, PROJECTIONS
 from .errors import UnsupportedAdapterError
 
-KEYS_AND_VALUES = ("k_proj", "v_proj")
+# Of a fused projection the A is that of queries too.
+KEYS_AND_VALUES = (*PROJECTIONS, *FUSED_PROJECTIONS)
 
 
 def share_down_projections(
@@ -170,6 +172,8 @@ def project_to_shared_a(
         for name, (up, scaling) in ups.items():
             _set_up(module, name, up, scaling)
         _set_down(module, names, down, freeze)
+    found = {path.rpartition(".")[2] for path, _ in layers}
+    target_modules = [name for name in target_modules if name in found]
     for name in names:
         config = configs[name] = copy.copy(configs[name])  # adapters may have been made from one config
         others = {k: v for k, v in (config.rank_pattern or {}).items() if k not in target_modules}

@@ -387,24 +387,29 @@ def _layers(model: nn.Module, ids: torch.Tensor, names: list[str], chunk: int, b
     base: dict[tuple[int, str], torch.Tensor] = {}
     whole: dict[tuple[int, str], torch.Tensor] = {}
     handles = []
+    replay = Replay(model, chunk)
+    if any(len(layer.modules) == 1 for layer in attachment.layers.values()):
+        # Which columns of a fused projection are keys and values shows at first use.
+        replay.feed(SharedLoRACache(model), ids[:, :1], 1)
     for index, layer in attachment.layers.items():
         for which in PROJECTIONS:
             module = layer.projection(which)
+            columns = layer.columns(which)
+            part = slice(None) if columns is None else columns
 
-            def keep(_m: Any, _i: Any, out: torch.Tensor, into: dict = whole, key: tuple = (index, which)) -> None:
-                into[key] = out.detach()[0].float()
+            def keep(_m: Any, _i: Any, out: torch.Tensor, key: tuple = (index, which), part: Any = part) -> None:
+                whole[key] = out.detach()[0][..., part].float()
 
             handles.append(module.register_forward_hook(keep))
             if peft_adapters.is_lora(module):
 
                 def keep_base(
-                    _m: Any, _i: Any, out: torch.Tensor, into: dict = base, key: tuple = (index, which)
+                    _m: Any, _i: Any, out: torch.Tensor, key: tuple = (index, which), part: Any = part
                 ) -> None:
-                    into[key] = out.detach()[0].float()
+                    base[key] = out.detach()[0][..., part].float()
 
                 handles.append(module.base_layer.register_forward_hook(keep_base))
     caches = {name: DynamicCache(config=cast(Any, model.config)) for name in names}
-    replay = Replay(model, chunk)
     similarity = {key: 0.0 for key in ((i, w) for i in attachment.layers for w in PROJECTIONS)}
     size = dict(similarity)
     pairs = list(combinations(names, 2))

@@ -1,6 +1,7 @@
 """Every causal language model of Transformers, tiny and random, through the shared cache: writes ``docs/models.md``.
 
     python -m tests.models_table            # about five minutes on two cores
+    python -m tests.models_table phi3 gpt2  # these again
 
 Each model type gets a config of two layers, a LoRA on q_proj, k_proj and v_proj, and one prompt fed as a prefill, a chunk and
 single tokens; the logits are compared with PEFT and a ``DynamicCache`` in float32. What the library refuses is listed with its
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -173,16 +175,19 @@ def _too_long(*_: Any) -> None:
 
 
 def main() -> None:
+    """The whole table, or again the model types that are named."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    rows = []
+    again = sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    table = {row["model_type"]: row for row in json.loads(JSON.read_text())["rows"]} if sys.argv[1:] else {}
     signal.signal(signal.SIGALRM, _too_long)
-    for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for model_type in again:
         signal.alarm(_SECONDS)
-        rows.append(verdict(model_type))
+        table[model_type] = verdict(model_type)
         signal.alarm(0)
-        print(rows[-1], flush=True)
+        print(table[model_type], flush=True)
+    rows = [table[model_type] for model_type in sorted(table)]
     JSON.write_text(json.dumps(dict(transformers=transformers.__version__, rows=rows), indent=1) + "\n")
     PAGE.write_text(page(rows))
 

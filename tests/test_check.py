@@ -70,6 +70,18 @@ def test_families_that_the_library_takes(family, tmp_path):
     assert result.error < 1e-4
 
 
+def test_a_fused_projection(tmp_path):
+    config = transformers.Phi3Config(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=5, vocab_size=64, intermediate_size=32,
+        pad_token_id=0,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    result = check(tmp_path)
+    assert result.possible and result.error < 1e-5 and "qkv_proj, o_proj" in result.notes[0]
+    # Two heads of eight for k and as many for v; one down-projection of rank 16 for both.
+    assert result.bytes_per_token == {"base": 2 * 16 * 5 * 2, "low_rank": dict.fromkeys(("one", "two"), 16 * 5 * 2)}
+
+
 def test_every_kind_of_layer_is_tried(tmp_path):
     config = transformers.Gemma2Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
@@ -88,8 +100,6 @@ def test_every_kind_of_layer_is_tried(tmp_path):
 
 
 REFUSED = {
-    "fused": (lambda: transformers.Phi3Config(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=64,
-                                              intermediate_size=32, pad_token_id=0), "Phi3Attention", "k_proj"),
     "latent": (lambda: transformers.DeepseekV3Config(hidden_size=32, num_attention_heads=4, num_key_value_heads=4,
                                                      num_hidden_layers=2, vocab_size=64, intermediate_size=32, n_group=1,
                                                      topk_group=1, first_k_dense_replace=2), "DeepseekV3Attention", "latent"),

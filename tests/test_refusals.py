@@ -275,23 +275,13 @@ def check_model_refused(model, *parts):
         assert state_of(model) == before
 
 
-def test_fused_projections_are_refused_by_name():
-    config = transformers.GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=64, n_positions=64)
-    check_model_refused(transformers.GPT2LMHeadModel(config).eval(), "GPT2Attention", "k_proj")
-    settings = {**SHAPE, "num_key_value_heads": 4}
-    settings.pop("head_dim")
-    check_model_refused(transformers.Phi3ForCausalLM(transformers.Phi3Config(**settings)).eval(), "Phi3Attention")
-    config = transformers.GPTNeoXConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
-    check_model_refused(transformers.GPTNeoXForCausalLM(config).eval(), "GPTNeoXAttention")
-
-
-def test_a_fused_model_is_refused_at_first_use():
-    config = transformers.GPT2Config(
-        n_embd=32, n_head=4, n_layer=2, vocab_size=64, n_positions=64, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
+def test_a_model_without_known_projections_is_refused_at_first_use():
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, is_decoder=True,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.BertLMHeadModel(config).eval()
+    check_model_refused(model, "BertSelfAttention", "k_proj", "qkv_proj")
     before = state_of(model)
     for call in (
         lambda: model(input_ids=tokens(7), past_key_values=SharedLoRACache()),
@@ -299,7 +289,7 @@ def test_a_fused_model_is_refused_at_first_use():
             input_ids=tokens(7), attention_mask=torch.ones_like(tokens(7)), past_key_values=SharedLoRACache()
         ),
     ):
-        with pytest.raises(UnsupportedModelError, match="GPT2Attention"):
+        with pytest.raises(UnsupportedModelError, match="BertSelfAttention"):
             call()
     assert state_of(model) == before
 

@@ -1,0 +1,171 @@
+"""Projections that give queries, keys and values at once: queries keep the whole adapter, keys and values are split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from lora_shared_cache import (
+    SharedLoRACache,
+    UnsupportedModelError,
+    project_to_shared_a,
+    share_down_projections,
+    sharing_report,
+)
+
+from .tiny import (
+    EXACT,
+    SHAPE,
+    activate,
+    assert_equal_logits,
+    copy_adapter,
+    difference,
+    feed,
+    finish,
+    logits,
+    lora,
+    lora_layers,
+    ones,
+    reference,
+    tokens,
+    twin,
+    with_adapters,
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning")]
+N = 16
+# Columns of queries, keys and values: one after the other with fewer heads of keys; per head; one after the other in a Conv1D.
+FAMILIES = {
+    "phi3": ("qkv_proj", dict()),
+    "gpt_neox": ("query_key_value", dict(head_dim=None, num_key_value_heads=None)),
+    "gpt2": ("c_attn", dict(n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+    "gpt_bigcode": ("c_attn", dict(n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+}
+
+
+def build(family: str, names=("one", "two"), seed: int = 0, **settings):
+    module, shape = FAMILIES[family]
+    # Transformers 5.17 to 5.23 computes the norms of Phi-3 in float32; `finish` replaces them.
+    config = transformers.AutoConfig.for_model(
+        family, **{k: v for k, v in {**SHAPE, "num_hidden_layers": 2, **shape}.items() if v is not None}
+    )
+    model = finish(transformers.AutoModelForCausalLM.from_config(config), torch.float64)
+    return with_adapters(
+        model, {name: lora(target_modules=[module], rank_pattern={}, alpha_pattern={}, **settings) for name in names}
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed", "base_lr_shared"])
+def test_agents_take_turns(family, sharing, storage):
+    """Prefill, chunk, single tokens, a switch to an adapter of the same content, padding on the left; all exact."""
+    model = build(family)
+    copy_adapter(model, "one", "two")
+    plain = twin(model)
+    ids, mask = tokens(N, rows=2), ones(N, rows=2)
+    ids[1, :4], mask[1, :4] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = reference(plain, ids, attention_mask=mask, position_ids=positions)
+    activate(plain, None)
+    assert difference(expected, reference(plain, ids, attention_mask=mask, position_ids=positions)) > 0.01
+    cache = SharedLoRACache(sharing=sharing)
+    done = 0
+    for name, stop in (("one", 6), ("two", 9), ("one", 10), *(("two", n) for n in range(11, N + 1))):
+        activate(model, name)
+        out = logits(model, ids[:, :stop], cache, attention_mask=mask[:, :stop], position_ids=positions[:, :stop])
+        real = mask[:, done:stop].bool()
+        assert_equal_logits(out[:, done - stop :][real], expected[:, done:stop][real], EXACT)
+        done = stop
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_down_projection_is_stored_once(family):
+    model = build(family)
+    cache = SharedLoRACache()
+    feed(model, tokens(N), cache, [N])
+    module = FAMILIES[family][0]
+    assert all(set(layer.entries[("one",)]) == {module} for layer in cache.layers)
+    # Two layers, rank 3, eight bytes.
+    assert cache.memory_footprint()["low_rank"] == {"one": 2 * N * 3 * 8}
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
+def test_several_adapters_biases_and_private_layers(family, storage):
+    model = build(family, lora_bias=True)
+    plain = twin(model)
+    for agent in (["one", "two"], "two", None):
+        activate(plain, agent)
+        activate(model, agent)
+        expected = reference(plain, tokens(N))
+        for settings in (dict(sharing="base_shared"), dict(sharing="lr_precomputed"), dict(private_layers=[1])):
+            assert_equal_logits(feed(model, tokens(N), SharedLoRACache(**settings), [9, 1, 1, 5]), expected, EXACT)
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
+def test_rows_with_different_adapters(family, sharing, storage):
+    model = build(family, lora_bias=True)
+    names = ["two", "__base__", "one"]
+    plain = twin(model)
+    ids = tokens(N, rows=3)
+    expected = reference(plain, ids, adapter_names=names)
+    cache = SharedLoRACache(sharing=sharing)
+    start = 0
+    for size in (9, 1, 1, 5):
+        out = logits(model, ids[:, start : start + size], cache, adapter_names=names)
+        assert_equal_logits(out, expected[:, start : start + size], EXACT)
+        start += size
+
+
+def test_layer_0_belongs_to_whoever_reads(storage):
+    """Different adapters: entries of the reader, whoever processed the token."""
+    model = build("phi3")
+    cache, own = SharedLoRACache(sharing="lr_precomputed"), SharedLoRACache()
+    feed(model, tokens(N), cache, [9, 1, 1, 5])
+    activate(model, "two")
+    feed(model, tokens(N), own, [N])
+    one, two = (cache.layers[0].entries[(name,)]["qkv_proj"].view(N) for name in ("one", "two"))
+    torch.testing.assert_close(two, own.layers[0].entries[("two",)]["qkv_proj"].view(N), rtol=1e-12, atol=1e-12)
+    assert (one - two).abs().max() > 0.1
+    assert cache.coverage()["two"] == N
+
+
+def test_a_shared_a_of_a_fused_projection():
+    model = build("phi3")
+    before = reference(twin(model), tokens(N))
+    projection = project_to_shared_a(model)
+    assert projection.largest < 1e-12 and model.peft_config["one"].rank_pattern == {"qkv_proj": 6}
+    assert_equal_logits(reference(twin(model), tokens(N)), before, EXACT)
+    cache = SharedLoRACache()
+    assert_equal_logits(feed(model, tokens(N), cache, [9, 7]), before, EXACT)
+    assert cache.policy == "base_lr_shared" and cache.coverage()["two"] == N
+    fresh = build("gpt_neox")
+    with torch.no_grad():
+        for _, module in lora_layers(fresh):
+            for name in ("one", "two"):
+                module.lora_B[name].weight.zero_()
+    assert [path.rpartition(".")[2] for path in share_down_projections(fresh)] == ["query_key_value"] * 2
+
+
+def test_the_report_tells_keys_from_values():
+    model = build("phi3")
+    with torch.no_grad():
+        # Nothing but values is changed: 32 columns of queries, 16 of keys, 16 of values.
+        for _, module in lora_layers(model):
+            for name in ("one", "two"):
+                module.lora_B[name].weight[:48] = 0
+    report = sharing_report(model, tokens(24), progress=False)
+    assert all(layer.key_low_rank == 0 and layer.value_low_rank > 0.01 for layer in report.layers)
+    assert report.policies["base_shared"].kl > 0
+
+
+def test_clipped_projections_are_refused_by_name():
+    """What is clipped far from the base's usual size is found too."""
+    config = transformers.OlmoConfig(
+        **{k: v for k, v in SHAPE.items() if k != "head_dim"} | dict(num_hidden_layers=2, clip_qkv=50.0)
+    )
+    model = finish(transformers.OlmoForCausalLM(config), torch.float32)
+    model = with_adapters(model, {"one": lora(target_modules=["k_proj", "v_proj"], rank_pattern={}, alpha_pattern={})})
+    with pytest.raises(UnsupportedModelError, match="OlmoAttention"):
+        logits(model, tokens(5), SharedLoRACache())
