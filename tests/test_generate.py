@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from lora_shared_cache import SharedLoRACache, TrajectoryError
@@ -416,3 +416,55 @@ def test_contrastive_features_of_generate_that_need_other_caches_are_not_hidden(
     except ValueError:
         return
     assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.parametrize("known", [0, 7])
+def test_stopping_criteria(known):
+    model, plain = one_agent()
+    end = generate(plain, prompt()).sequences[0, 15]
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] == end
+
+    settings = dict(stopping_criteria=StoppingCriteriaList([Stop()]))
+    theirs = generate(plain, prompt(), **settings)
+    assert theirs.sequences.shape[1] <= 16
+    cache = cached(model, known) if known else SharedLoRACache()
+    assert_same(generate(model, prompt(), cache, **settings), theirs)
+    # The next turn goes on behind what was stopped.
+    longer = torch.cat((theirs.sequences, tokens(3)), dim=1)
+    assert_same(generate(model, longer, cache), generate(plain, longer))
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(
+        models.WordLevel({"<pad>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, 64)}}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w60 ' if m.role == 'user' else 'w61 ' }}{{ m.content }} w62 {% endfor %}"
+        "{% if add_generation_prompt %}w61 {% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pipeline_with_a_chat_template_over_two_turns():
+    model, plain = one_agent()
+    for m in (model, plain):
+        m.generation_config.pad_token_id = 0
+    cache, tokenizer, chats = SharedLoRACache(), tiny_tokenizer(), []
+    for m, settings in ((model, dict(past_key_values=cache)), (plain, {})):
+        speak = pipeline("text-generation", model=m, tokenizer=tokenizer, device="cpu")
+        chat = [{"role": "user", "content": "w5 w9 w7"}]
+        for question in ("w8 w4", "w3"):
+            chat = speak(chat, max_new_tokens=NEW, do_sample=False, **settings)[0]["generated_text"]
+            chat = [*chat, {"role": "user", "content": question}]
+        chats.append(chat)
+    assert chats[0] == chats[1] and len(chats[0]) == 5
+    assert cache.trajectory_length > 2 * NEW

@@ -228,10 +228,25 @@ def test_bias(bias):
     refused(model, "'one'", f"bias='{bias}'", "lora_bias")
 
 
-def test_initialisations_that_change_the_base_weights():
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_initialisations_that_change_the_base_weights(init):
     model = get_peft_model(tiny_llama(torch.float32), LoraConfig(target_modules=["k_proj", "v_proj"]), "one")
-    model.add_adapter("two", LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights="pissa"))
-    refused(model.eval(), "'two'", "pissa")
+    model.add_adapter("two", LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights=init))
+    refused(model.eval(), "'two'", init)
+
+
+def test_arrow():
+    """A router over other adapters: what it adds to a key belongs to no A."""
+    model = get_peft_model(tiny_llama(torch.float32), LoraConfig(r=2, target_modules=["k_proj", "v_proj"]), "one")
+    arrow = peft.ArrowConfig(top_k=1)
+    arrow.task_adapter_names = ["one"]
+    config = LoraConfig(r=2, target_modules=["k_proj", "v_proj"], arrow_config=arrow)
+    model.add_adapter("router", config)
+    model.set_adapter("router")
+    cache = SharedLoRACache()
+    with pytest.raises(UnsupportedAdapterError, match="'router' uses ArrowLinearVariant"):
+        logits(model.eval(), tokens(7), cache)
+    assert cache.trajectory_length == 0
 
 
 def test_target_parameters():
