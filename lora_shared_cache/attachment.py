@@ -24,7 +24,7 @@ from .adapters import Agent, is_lora
 from .attention import ATTENTION_NAME, forget_original, remember_original
 from .digest import Digest, DigestReader, digest
 from .errors import UnsupportedAdapterError
-from .key_norm import KeyNorm, find_key_norm, has_key_norm
+from .key_norm import KeyNorm, find_key_norms, has_key_norm
 from .layout import NO_ROTATION, LayoutProbe, RotaryLayout, find_layout
 from .policies import DownDigests
 from .products import linear_of_rows, linear_with_adapters, plain_adapters
@@ -187,10 +187,10 @@ class AttentionLayer:
         forward = functools.partial(call_original, self.module)
         device = kwargs["hidden_states"].device
 
-        def norm(width: int, head_dim: int) -> KeyNorm | None:
-            return find_key_norm(self.module, width, head_dim, device)
+        def norms(heads: int, head_dim: int) -> list[KeyNorm]:
+            return find_key_norms(self.module, heads, head_dim, device)
 
-        self.layout = find_layout(self.name, forward, kwargs, self.sources, widths, norm)
+        self.layout = find_layout(self.name, forward, kwargs, self.sources, widths, norms)
         self.probed = adapted
 
 

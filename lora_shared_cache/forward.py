@@ -21,7 +21,7 @@ from .buffers import NotReserved, TokenBuffer, WindowBuffer
 from .errors import TrajectoryError, UnsupportedAdapterError, UnsupportedModelError
 from .invocation import Starts, active
 from .key_norm import KeyNorm
-from .layout import NO_ROTATION
+from .layout import NO_ROTATION, angles_of
 from .policies import SHARED_ENTRY, Entry, EntryKey, private_key
 from .products import DownProducts
 from .rows import (
@@ -143,17 +143,19 @@ class ForwardPass:
 
     def store_rope(self, layer: AttentionLayer, kwargs: dict[str, Any]) -> None:
         """Keep cos/sin of new tokens, once for all layers of one type."""
-        embeddings = kwargs.get("position_embeddings")
+        embeddings = angles_of(kwargs)
         layout = layer.layout
-        if layout is None or layout.rotary_dim == 0 or not isinstance(embeddings, tuple | list):
+        if layout is None or layout.rotary_dim == 0 or embeddings is None:
             return
         if layer.rope_key in self.rope_lengths:
             return
         if self.slot is not None:
             # Whether there is something to store was decided before; the host's numbers are not for a captured step.
             self.rope_lengths[layer.rope_key] = self.stop
-            for buffer, angles in zip(self.cache._rope_buffers(layer.rope_key), embeddings, strict=True):
-                buffer.put(self.slot.index, layout.half_width(angles))
+            for buffer, angles in zip(
+                self.cache._rope_buffers(layer.rope_key), layout.angles(*embeddings), strict=True
+            ):
+                buffer.put(self.slot.index, angles)
             return
         stored = self.cache._rope_length.get(layer.rope_key, 0)
         if stored < self.start:
@@ -161,8 +163,10 @@ class ForwardPass:
             return
         self.rope_lengths[layer.rope_key] = max(stored, self.stop)
         if stored < self.stop:
-            for buffer, angles in zip(self.cache._rope_buffers(layer.rope_key), embeddings, strict=True):
-                buffer.write(stored, layout.half_width(angles)[:, stored - self.start :])
+            for buffer, angles in zip(
+                self.cache._rope_buffers(layer.rope_key), layout.angles(*embeddings), strict=True
+            ):
+                buffer.write(stored, angles[:, stored - self.start :])
 
 
 class LayerPass:
@@ -170,6 +174,7 @@ class LayerPass:
 
     Attributes:
         private: on a private layer, the key of the agent's own K and V; nothing is split there.
+        angles: cos and sin of the pass's tokens, as the model gives them, (B or 1, n, width) each.
         stored, attended: whether the layer has given K and V to the cache, and has called its attention.
     """
 
@@ -181,6 +186,7 @@ class LayerPass:
         if layer.layer_idx in forward_pass.cache.private_layers:
             self.private = private_key(forward_pass.agent)
         self.stored = self.attended = False
+        self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
         self.slides = self.storage.window is not None
         # A sliding layer that keeps all tokens has no slot of its own.
         self.slot = forward_pass.slot
@@ -407,7 +413,10 @@ class LayerPass:
             part = a[..., first : first + weight.shape[1]].to(weight.dtype)
             first += weight.shape[1]
             # In PEFT's order and dtypes.
-            out = out + F.linear(part, weight, bias) * scaling
+            delta = F.linear(part, weight, bias) * scaling
+            if now.invocations is not None:
+                delta = delta * active(now.invocations, now.start, now.stop, delta.device)
+            out = out + delta
         return out.to(base.dtype)
 
     def _from_invocation(self, entry: Entry, which: str, start: int, part: torch.Tensor) -> torch.Tensor:
@@ -438,10 +447,20 @@ class LayerPass:
             raise NotReserved
         self._tokens.append((self.storage.entries[key][which], new))
 
+    def _rms(self, norm: KeyNorm, keys: torch.Tensor, first: int) -> torch.Tensor:
+        """What the norm divides keys (B, n, Hk * D) by, those of the pass from its token ``first`` on: (B, Hk or 1, n, 1)."""
+        layout = self.layer.layout
+        assert layout is not None
+        keys = keys.unflatten(-1, (-1, layout.head_dim)).transpose(1, 2)
+        if norm.after_rotation and self.angles is not None:
+            keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+            keys = layout.rotate(keys, *(t[:, first:].to(keys.dtype) for t in layout.angles(*self.angles)))
+        return norm.rms(keys)
+
     def _write_gains(self, module: Any, base: torch.Tensor, norm: KeyNorm) -> None:
         """The two numbers per key of each adapter whose entries are written, from what ``k_proj`` gives (B, n, Hk * D)."""
         now, storage = self.forward_pass, self.storage
-        own = norm.rms(base)
+        own = self._rms(norm, base, 0)
         known = now.start if now.slot is not None else now.cache._rope_length.get(NORMS, 0)
         if known < now.start:
             # As with cos/sin: whoever needs the norms of the tokens before will run them.
@@ -472,7 +491,7 @@ class LayerPass:
             else:
                 up = up_of_rows(self._ups_of_rows("k_proj", module), self._index_of_rows(base.device))
             delta = (a[:, None].to(up.dtype) @ up).transpose(1, 2).flatten(2)
-            adapted = norm.rms(base[:, start - now.start :].to(up.dtype) + delta)
+            adapted = self._rms(norm, base[:, start - now.start :].to(up.dtype) + delta, start - now.start)
             gains = dict(gain=shared[:, :, start - now.start :] / adapted, delta_gain=1 / adapted)
             # Without an adapter the key is the base's.
             self._fill(entry, "gain", gains["gain"], 1.0)
@@ -527,7 +546,7 @@ class LayerPass:
             assert storage.window is not None
             first = max(0, now.stop - storage.window)
             storage.staged_tail = Tail(
-                first, now.stop, keys[:, :, first - self.start :].clone(), values[:, :, first - self.start :].clone()
+                first, keys[:, :, first - self.start :].clone(), values[:, :, first - self.start :].clone()
             )
         return keys, values
 
@@ -840,6 +859,7 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
         if layer_pass.private is None:
             layer.find_layout(kwargs)
             now.store_rope(layer, kwargs)
+            layer_pass.angles = angles_of(kwargs)
         with layer_scope(layer_pass), torch.no_grad():
             out = call_original(layer.module, **kwargs)
         if layer_pass.private is not None and not (layer_pass.stored and layer_pass.attended):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class RotaryLayout:
         rotary_dim: rotated leading columns of a head; 0: no rotation.
         interleaved: pairs (2i, 2i+1) instead of (i, i + rotary_dim/2).
         columns: where the angles of the pairs stand in the model's cos/sin: "all" (half width), "first" half, or "even".
-        key_norm: how keys are normalised before they are rotated; None: not at all.
+        reversed: by the negative angle (nanochat).
+        key_norm: how keys are normalised; None: not at all.
         head_dim: D; 0 if the layer was not tried out, since no adapter changes its keys and values.
         fused: where keys and values stand in the output of a fused projection; None: they have projections of their own.
     """
@@ -58,6 +60,7 @@ class RotaryLayout:
     rotary_dim: int
     interleaved: bool = False
     columns: str = "all"
+    reversed: bool = False
     key_norm: KeyNorm | None = None
     head_dim: int = 0
     fused: FusedColumns | None = None
@@ -67,6 +70,10 @@ class RotaryLayout:
         if self.columns == "all":
             return cos
         return cos[..., ::2] if self.columns == "even" else cos[..., : cos.shape[-1] // 2]
+
+    def angles(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's cos and sin in the form in which :meth:`rotate` takes them."""
+        return self.half_width(cos), self.half_width(-sin if self.reversed else sin)
 
     def rotate(self, delta: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
         """Rotate (B, Hk, T, D) with half-width cos/sin (B or 1, T, rotary_dim / 2) of its tokens."""
@@ -119,13 +126,26 @@ class LayoutProbe(Cache):
         return 0
 
 
+def _is_complex(kwargs: dict[str, Any]) -> bool:
+    embeddings = kwargs.get("position_embeddings")
+    return isinstance(embeddings, torch.Tensor) and embeddings.is_complex()
+
+
+def angles_of(kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """cos and sin (B or 1, n, width) among the arguments of an attention layer, or None. Llama4 gives them as complex numbers."""
+    embeddings = kwargs.get("position_embeddings")
+    if isinstance(embeddings, torch.Tensor) and embeddings.is_complex():
+        return embeddings.real, embeddings.imag
+    return (embeddings[0], embeddings[1]) if isinstance(embeddings, tuple | list) and len(embeddings) == 2 else None
+
+
 def find_layout(
     name: str,
     forward: Callable[..., Any],
     kwargs: dict[str, Any],
     sources: dict[str, str],
     widths: dict[str, int],
-    key_norm: Callable[[int, int], KeyNorm | None],
+    key_norms: Callable[[int, int], list[KeyNorm]],
 ) -> RotaryLayout:
     """Find the layout of an attention layer, or refuse the layer.
 
@@ -135,7 +155,7 @@ def find_layout(
         kwargs: keyword arguments of a real call; only shapes and dtypes are used.
         sources: where "k_proj" and "v_proj" come from: themselves, or both from one fused projection.
         widths: output width of those projections that carry adapters.
-        key_norm: given Hk * D and D, the norm that the layer has for its keys, if it is of a kind that can be split.
+        key_norms: given Hk and D, what a norm that the layer has for its keys may be, of the kinds that can be split.
 
     Raises:
         UnsupportedModelError: the layer does not dispatch its attention, gives nothing to the cache, or treats its keys
@@ -158,11 +178,11 @@ def find_layout(
     if isinstance(call.get("position_ids"), torch.Tensor):
         call["position_ids"] = torch.arange(_PROBE_TOKENS, device=device)[None]
     cos = sin = None
-    embeddings = call.get("position_embeddings")
-    if isinstance(embeddings, tuple | list) and len(embeddings) == 2:
+    embeddings = angles_of(kwargs)
+    if embeddings is not None:
         # Independent numbers in every column: only the columns that the layer really uses can then explain its keys.
         cos, sin = (random(1, _PROBE_TOKENS, t.shape[-1]) for t in embeddings)
-        call["position_embeddings"] = (cos, sin)
+        call["position_embeddings"] = torch.complex(cos, sin) if _is_complex(kwargs) else (cos, sin)
     cache_argument = next(
         (key for key, value in kwargs.items() if isinstance(value, SharedCacheBase)), "past_key_values"
     )
@@ -227,35 +247,32 @@ def find_layout(
         )
     if sources["k_proj"] not in widths:
         return replace(NO_ROTATION, head_dim=head_dim)
-    norm = key_norm(key_heads * head_dim, head_dim)
+    norms = [None, *key_norms(key_heads, head_dim)]
     for columns in splits:
         key_delta = delta_of("k_proj", columns)
         assert key_delta is not None
         if key_delta.shape[-1] != key_heads * head_dim:
             continue
-        difference, delta_heads = after[0] - before[0], heads(key_delta)
-        if norm is not None:
-            # gain * K_base + delta_gain * RoPE(g * delta), as the low-rank part will be applied
-            dtype = after[0].dtype
-            own = base[sources["k_proj"]] if columns is None else base[sources["k_proj"]][..., columns.key]
-            adapted = norm.rms(own + key_delta).to(dtype)
-            difference = after[0] - before[0] * (norm.rms(own).to(dtype) / adapted)
-            weight = norm.weight.to(dtype)
-            delta_heads = delta_heads * (weight if norm.per_head else weight.view(-1, 1, head_dim)) / adapted
-        for layout in _candidates(None if cos is None else cos.shape[-1], head_dim):
-            if cos is None or sin is None or layout.rotary_dim == 0:
-                expected = delta_heads
-            elif layout.columns == "all":
-                expected = layout.rotate(delta_heads, cos, sin)
-            else:
-                expected = _rotate_full(delta_heads, cos, sin, layout)
-            if explains(expected, difference):
-                if columns is not None:
-                    _check_query(name, fused, columns, base, delta, run)
-                return replace(layout, key_norm=norm, head_dim=head_dim, fused=columns)
+        own = base[sources["k_proj"]]
+        own_heads, delta_heads = heads(own if columns is None else own[..., columns.key]), heads(key_delta)
+        for norm in norms:
+            for layout in _candidates(None if cos is None else cos.shape[-1], head_dim):
+                rotate = partial(_rotate_as_the_model, layout, cos=cos, sin=sin)
+                if norm is None:
+                    expected, difference = rotate(delta_heads), after[0] - before[0]
+                else:
+                    # gain * K_base + delta_gain * RoPE(g * delta), as the low-rank part will be applied
+                    u, v = (rotate(x) if norm.after_rotation else x for x in (own_heads, own_heads + delta_heads))
+                    s_base, s_adapted = norm.rms(u).to(u.dtype), norm.rms(v).to(u.dtype)
+                    difference = after[0] - before[0] * (s_base / s_adapted)
+                    expected = rotate(norm.scaled(delta_heads)) / s_adapted
+                if explains(expected, difference):
+                    if columns is not None:
+                        _check_query(name, fused, columns, base, delta, run)
+                    return replace(layout, key_norm=norm, head_dim=head_dim, fused=columns)
     raise UnsupportedModelError(
-        f"{name}: its keys are not k_proj's output plus a rotation (are they normalised, scaled or clipped?), so an adapter "
-        "on k_proj has no low-rank form here. Adapters without k_proj work"
+        f"{name}: its keys are not k_proj's output plus a rotation (are they scaled or clipped, or normalised with a bias, or "
+        "after the rotation with weights?), so an adapter on k_proj has no low-rank form here. Adapters without k_proj work"
     )
 
 
@@ -316,7 +333,17 @@ def _candidates(width: int | None, head_dim: int) -> list[RotaryLayout]:
         found += [RotaryLayout(width, interleaved=True, columns="first")]
     if 2 * width <= head_dim:
         found += [RotaryLayout(2 * width), RotaryLayout(2 * width, interleaved=True)]
-    return found
+    return found + [replace(layout, reversed=True) for layout in found[1:]]
+
+
+def _rotate_as_the_model(
+    layout: RotaryLayout, x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None
+) -> torch.Tensor:
+    """Rotate (1, Hk, T, D) with cos/sin in the model's width."""
+    if cos is None or sin is None or layout.rotary_dim == 0:
+        return x
+    sin = -sin if layout.reversed else sin
+    return layout.rotate(x, cos, sin) if layout.columns == "all" else _rotate_full(x, cos, sin, layout)
 
 
 def _rotate_full(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:

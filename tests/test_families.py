@@ -38,7 +38,8 @@ KV = dict(target_modules=["q_proj", "k_proj", "v_proj"])
 
 
 def build(name, dtype=torch.float32, **settings):
-    config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    name = name.partition(" ")[0]
+    config_class = getattr(transformers, f"{name}TextConfig" if name in ("Gemma3", "Llama4") else f"{name}Config")
     shape = {**SHAPE, "num_hidden_layers": 2, **settings}
     shape = {k: v for k, v in shape.items() if v != "absent"}
     return finish(getattr(transformers, f"{name}ForCausalLM")(config_class(**shape)), dtype)
@@ -72,7 +73,16 @@ FAMILIES = {
     "Glm4Moe": dict(
         use_qk_norm=True, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, n_group=1, topk_group=1
     ),
-}
+    # LayerNorms: a module per head, weights of all heads
+    "StableLm with norms": dict(head_dim="absent", qk_layernorm=True),
+    "Cohere with norms": dict(head_dim="absent", use_qk_norm=True),
+    # Normalised after the rotation, without weights; rotated the other way, and as complex numbers
+    "NanoChat": dict(head_dim="absent"),
+    "Llama4": dict(
+        num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48, use_qk_norm=True, no_rope_layers=[1, 0],
+        attention_chunk_size=64,
+    ),
+}  # fmt: skip
 NORMED = ["Qwen3", "Qwen3Moe", "Gemma3", "Olmo2", "Olmo3", "Glm4Moe"]
 
 
@@ -96,7 +106,7 @@ def test_families(family, sharing):
 @pytest.mark.parametrize("family", [*FAMILIES, "Phi with norms"])
 def test_families_with_private_layers(family):
     # The last has LayerNorms for its keys, which only a private layer can have a LoRA on.
-    model = build(family.partition(" ")[0], **FAMILIES.get(family, dict(head_dim="absent", qk_layernorm=True)))
+    model = build(family, **FAMILIES.get(family, dict(head_dim="absent", qk_layernorm=True)))
     if family == "Gemma2":
         model.set_attn_implementation("eager")
     model = with_adapters(model, {name: lora(**KV, rank_pattern={}, alpha_pattern={}) for name in ("one", "two")})
@@ -165,6 +175,15 @@ def test_rope_scaling(name):
     assert difference(expected, reference(unscaled, tokens(40))) > 0.01
     for sharing in ("base_shared", "lr_precomputed"):
         assert_equal_logits(feed(model, tokens(40), SharedLoRACache(sharing=sharing), [20, 1, 19]), expected, EXACT)
+
+
+def test_a_norm_after_a_rotation_that_stretches():
+    """YaRN multiplies cos and sin, so the norm of a rotated key is another than that of the key."""
+    model = build("NanoChat", head_dim="absent", rope_parameters=SCALINGS["yarn"])
+    model = with_adapters(model, {"one": lora(**KV, rank_pattern={}, alpha_pattern={})})
+    expected = reference(twin(model), tokens(30))
+    for sharing in ("base_shared", "lr_precomputed"):
+        assert_equal_logits(feed(model, tokens(30), SharedLoRACache(sharing=sharing), [20, 1, 9]), expected, ROUNDING)
 
 
 @pytest.mark.parametrize("window", [1, 4, 9])

@@ -169,3 +169,20 @@ def test_clipped_projections_are_refused_by_name():
     model = with_adapters(model, {"one": lora(target_modules=["k_proj", "v_proj"], rank_pattern={}, alpha_pattern={})})
     with pytest.raises(UnsupportedModelError, match="OlmoAttention"):
         logits(model, tokens(5), SharedLoRACache())
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
+def test_an_activated_lora_starts_at_its_invocation(family, storage):
+    """Queries before it are the base model's too."""
+    model = build(family, names=("one",), alora_invocation_tokens=[61, 60])
+    plain = twin(model)
+    ids = torch.cat((tokens(9) % 59 + 1, torch.tensor([[61, 60, 5, 7]])), dim=1)
+    arguments = dict(input_ids=ids, attention_mask=ones(13), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    arguments |= dict(return_dict_in_generate=True, output_logits=True)
+    expected = plain.generate(**arguments)
+    everywhere = build(family, names=("one",)).generate(**arguments)
+    assert difference(expected.logits[0], everywhere.logits[0]) > 0.01
+    actual = model.generate(**arguments, past_key_values=SharedLoRACache())
+    for one, other in zip(actual.logits, expected.logits, strict=True):
+        assert_equal_logits(one, other, 1e-5)  # generate hands out float32
+    assert torch.equal(actual.sequences, expected.sequences)

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from lora_shared_cache import SharedLoRACache, UnsupportedAdapterError
-from lora_shared_cache.key_norm import KeyNorm, find_key_norm
+from lora_shared_cache.key_norm import KeyNorm, find_key_norms
 
 from .test_families import FAMILIES, build
 from .tiny import (
@@ -49,32 +49,37 @@ def test_norms_of_families(family, per_head, dtype):
     else:
         model = build(family, dtype, **settings)
     layer = attention(model)
-    norm = find_key_norm(layer, 16, 8, CPU)
-    assert norm is not None and norm.per_head == per_head and norm.eps > 0
+    (norm,) = find_key_norms(layer, 2, 8, CPU)
+    assert norm.per_head == per_head and not norm.centred and norm.eps > 0
     u = torch.randn(2, 5, 16, dtype=torch.float64)
     module = layer.k_norm.to(torch.float64)
     expected = module(u.view(2, 5, 2, 8)) if per_head else module(u).view(2, 5, 2, 8)
     tolerance = 1e-6 if dtype == torch.float64 else 2e-2 if dtype == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(norm(u), expected.transpose(1, 2).to(torch.float64), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        norm(u.view(2, 5, 2, 8).transpose(1, 2)),
+        expected.transpose(1, 2).to(torch.float64),
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8, bias=False), nn.Tanh()])
+@pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(16), nn.Tanh()])
 def test_other_kinds_are_not_taken_for_one(module):
     layer = nn.Module()
     layer.k_norm = module
     for parameter in module.parameters():
         nn.init.normal_(parameter)
-    assert find_key_norm(layer, 16, 8, CPU) is None
-    assert find_key_norm(nn.Module(), 16, 8, CPU) is None
+    assert find_key_norms(layer, 2, 8, CPU) == find_key_norms(nn.Module(), 2, 8, CPU) == []
 
 
-@pytest.mark.parametrize("width", [6, 12])
-def test_two_numbers_split_the_norm(width):
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("heads, per_head", [(1, True), (2, True), (2, False)])
+def test_two_numbers_split_the_norm(heads, per_head, centred):
     """The identity of the module's docstring, without a rotation, in float64."""
     torch.manual_seed(0)
-    norm = KeyNorm(torch.randn(width, dtype=torch.float64), 1e-3, 6)
-    u, a, up = (torch.randn(*s, dtype=torch.float64) for s in ((2, 5, 12), (2, 5, 3), (2, 3, 6)))
-    delta = (a[:, None] @ up).transpose(1, 2).reshape(2, 5, 12)
+    norm = KeyNorm(torch.randn(heads, 6, dtype=torch.float64), 1e-3, per_head, centred)
+    u, a, up = (torch.randn(*s, dtype=torch.float64) for s in ((2, 2, 5, 6), (2, 5, 3), (2, 3, 6)))
+    delta = a[:, None] @ up
     adapted = norm.rms(u + delta)
     split = norm(u) * norm.rms(u) / adapted + (a[:, None] @ norm.scaled(up)) / adapted
     torch.testing.assert_close(split, norm(u + delta), rtol=1e-12, atol=1e-12)
@@ -220,8 +225,10 @@ def test_memory_says_what_the_norms_take():
     assert footprint["positions"] >= 2 * 10 * 2 * 4
 
 
-def test_other_norms_are_refused_by_name():
-    model = build("Phi", head_dim="absent", qk_layernorm=True)
+@pytest.mark.parametrize("family", ["Phi", "HunYuanDenseV1"])
+def test_other_norms_are_refused_by_name(family):
+    """A bias, and weights after the rotation."""
+    model = build(family, **(dict(head_dim="absent", qk_layernorm=True) if family == "Phi" else {}))
     model = with_adapters(model, {"one": lora(target_modules=["k_proj"], **KV)})
-    with pytest.raises(ValueError, match="PhiAttention.*normalised.*without k_proj"):
+    with pytest.raises(ValueError, match=f"{family}Attention.*normalised.*without k_proj"):
         logits(model, tokens(5), SharedLoRACache())
