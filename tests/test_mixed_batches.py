@@ -284,3 +284,14 @@ def test_sliding_windows(sharing, storage):
     alone, cache, ids = RowsAlone(twin(model), ROWS), SharedLoRACache(sharing=sharing), tokens(190, rows=len(ROWS))
     for part in ids.split((150, 1, 1, 38), dim=1):
         assert_equal_logits(logits(model, part, cache, adapter_names=ROWS), alone.feed(part))
+
+
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
+def test_fused_projections(sharing):
+    """Ranks that differ on one layer for queries, keys and values."""
+    targets = dict(target_modules=["qkv_proj"], rank_pattern={}, alpha_pattern={})
+    model = with_adapters(build_family("Phi3", torch.float64), {"plan": lora(**targets), "act": lora(r=2, **targets)})
+    names = ["plan", "act", "__base__", "plan"]
+    alone, cache, ids = RowsAlone(twin(model), names), SharedLoRACache(sharing=sharing), tokens(12, rows=4)
+    for part in ids.split((6, 4, 1, 1), dim=1):
+        assert_equal_logits(logits(model, part, cache, adapter_names=names), alone.feed(part))
