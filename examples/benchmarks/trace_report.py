@@ -120,7 +120,7 @@ COLUMNS: list[tuple[str, int, int, Callable[[Row], float | None]]] = [
     ("fresh s", 8, 2, lambda row: row["fresh_s"]),
 ]
 MARKDOWN_HEAD = """\
-| | mode | end to end | of non-shared's speed | TTFT p50 / p95 | ms per token | run / of them again | memory, caches | peak |
+| | mode | end to end | of non-shared's speed | TTFT p50 / p95 | ms per token | run / of them again | caches, of one | peak |
 |---|---|---|---|---|---|---|---|---|"""
 
 
@@ -163,7 +163,7 @@ def markdown(rows: Iterable[Row]) -> str:
                 f"{row['ttft_p50_ms']:.0f} / {row['ttft_p95_ms']:.0f} ms",
                 "" if row["decode_ms"] is None else f"{row['decode_ms']:.1f}",
                 f"{row['prefilled_tokens']:,} / {row['rerun_tokens']:,}",
-                f"{_size(row['cache_bytes'])}, {row['cache_bytes'] / row['one_cache_bytes']:.2f}",
+                f"{_size(row['cache_bytes'])}, {row['cache_bytes'] / row['one_cache_bytes']:.2f}×",
                 "" if row["peak_bytes"] is None else _size(row["peak_bytes"]),
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
@@ -218,7 +218,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             panel.set_xlabel("tokens of the trajectory")
             panel.grid(alpha=0.3)
             panel.legend(fontsize=7)
-    where = rows[0]["gpu"] if rows[0]["gpu"] != "none" else f"{rows[0]['threads']} CPU threads"
+    where = (
+        rows[0]["gpu"] if rows[0]["gpu"] != "none" else f"{rows[0]['threads']} CPU thread(s), {rows[0]['clock']} clock"
+    )
     figure.suptitle(
         f"{where}, {rows[0]['dtype']}, {rows[0]['adapters_loaded']} adapters, {rows[0]['generated']} generated tokens, "
         f"{rows[0]['switches']} switches, {rows[0]['date']}",
@@ -245,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--merge", type=Path, help="write all rows to one file")
     arguments = parser.parse_args(argv)
     rows = merged([json.loads(path.read_text()) for path in arguments.results])
+    rows.sort(key=lambda row: (row["model"], row["adapters"], row["total"]))
     capacity = json.loads(arguments.capacity.read_text()) if arguments.capacity else []
     print(table(rows) + "\n\n" + markdown(rows) + "\n\n" + show_musts(musts(rows, capacity)))
     if arguments.merge:
