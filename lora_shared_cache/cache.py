@@ -877,6 +877,14 @@ class SharedLoRACache(SharedCacheBase):
                 "crop it"
             )
 
+    def _turn_state(self) -> tuple:
+        return self._mark, self._last_runner, self._new_turn, dict(self._agents), self._limit
+
+    def _undo_steps(self, length: int, state: tuple) -> None:
+        """Take back the first tokens of a pass that failed later; ``state`` is :meth:`_turn_state` before it."""
+        self._truncate(length)
+        self._mark, self._last_runner, self._new_turn, self._agents, self._limit = state
+
     def _truncate(self, length: int) -> None:
         """Forget tokens from ``length`` on; :meth:`_can_go_back` has been asked."""
         for layer in self._sliding_layers():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -136,6 +136,26 @@ class ForwardPass:
         """The same as PEFT's argument: counted from the last token that is run."""
         starts = self.invocations or ()
         return [self.stop - start if start is not None and start < self.stop else None for start in starts]
+
+    def only(self, column: int) -> ForwardPass:
+        """One of its tokens as a pass of its own, once those before it are part of the cache."""
+        at = self.start + column
+        window_start, blind = self.cache._window_before(self.agent, at)
+        return replace(
+            self,
+            start=at,
+            stop=at + 1,
+            previous=at,
+            writers=[(entry, at) for entry, _ in self.writers],
+            ids=self.ids[:, column : column + 1],
+            positions=None if self.positions is None else self.positions[:, column : column + 1],
+            lengths=dict(self.cache._coverage),
+            window_start=window_start,
+            blind=blind,
+            keep_from=self.cache._keep_from(at + 1),
+            rope_lengths={},
+            window_ropes={},
+        )
 
     def commit(self) -> None:
         """Make the pass's tokens part of the cache."""
@@ -892,20 +912,51 @@ def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str
             try:
                 # What is cached carries no gradient; a gradient through the rest alone would be silently wrong.
                 with torch.no_grad():
-                    out = cache._graphs.run(now, kwargs)
-                    if out is None:
-                        with forward_scope(now):
-                            out = call_original(attachment.decoder, **kwargs)
-                if now.blind:
-                    # Generate throws it away; nobody shall take it for an answer.
-                    out[0].fill_(float("nan"))
-                now.commit()
+                    out = _run_in_steps(now, kwargs) if cache._graphs.takes_in_steps(now, kwargs) else _run(now, kwargs)
             finally:
                 attachment.leave()
         except BaseException:
             peft_adapters.remove_left_hooks(attachment.lora_layers)
             raise
     return out
+
+
+def _run(now: ForwardPass, kwargs: dict[str, Any]) -> Any:
+    out = now.cache._graphs.run(now, kwargs)
+    if out is None:
+        with forward_scope(now):
+            out = call_original(now.attachment.decoder, **kwargs)
+    if now.blind:
+        # Generate throws it away; nobody shall take it for an answer.
+        out[0].fill_(float("nan"))
+    now.commit()
+    return out
+
+
+def _run_in_steps(now: ForwardPass, kwargs: dict[str, Any]) -> Any:
+    """A pass of a few new tokens, one by one; returns what it returns at once."""
+    cache = now.cache
+    before = cache._turn_state()
+    outs = []
+    try:
+        for column in range(now.stop - now.start):
+            step = now.only(column)
+            cache._prepare_storage(step)
+            one = dict(kwargs)
+            for name in ("input_ids", "position_ids"):
+                if isinstance(one.get(name), torch.Tensor):
+                    one[name] = one[name][:, column : column + 1]
+            if isinstance(one.get("attention_mask"), torch.Tensor):
+                one["attention_mask"] = one["attention_mask"][:, : step.stop]
+            outs.append(_run(step, one))
+    except BaseException:
+        cache._undo_steps(now.previous, before)
+        raise
+    fields = {
+        name: torch.cat([out[name] for out in outs], dim=1) if isinstance(value, torch.Tensor) else value
+        for name, value in outs[-1].items()
+    }
+    return type(outs[-1])(**fields)
 
 
 def enter_from_inside(attachment: Attachment, cache: SharedLoRACache, frame_locals: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from lora_shared_cache import SharedLoRACache, attach, buffers, detach, graphs
+from lora_shared_cache import SharedLoRACache, attach, buffers, detach, forward, graphs
 from lora_shared_cache.errors import SharedCacheError
 from lora_shared_cache.scopes import forward_scope
 
@@ -120,6 +120,64 @@ def test_crop_between_turns(device):
     expected = turns(model, eager, prompt(device), AGENTS * 2, between=drop)
     assert torch.equal(turns(model, captured, prompt(device), AGENTS * 2, between=drop), expected)
     assert graphs.CudaGraph.captures == 3
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    "build, sharing", [(tiny_llama, "lr_precomputed"), (tiny_ministral, "lr_precomputed"), (tiny_llama, "base_shared")]
+)
+def test_a_few_new_tokens_are_run_as_captured_steps(device, build, sharing, rows, monkeypatch):
+    model = model_on(device, build)
+    in_steps = []
+    original = forward._run_in_steps
+    monkeypatch.setattr(forward, "_run_in_steps", lambda now, kwargs: in_steps.append(now) or original(now, kwargs))
+    ids = prompt(device, rows=rows, n=12)
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[1, :5] = 0
+
+    def run(cache):
+        text, seen = ids, mask
+        for agent in (*AGENTS, *AGENTS, "reflect"):
+            model.set_adapter(agent)
+            text = generate(model, text, cache, new=6, attention_mask=seen)
+            text = torch.cat((text, prompt(device, rows=rows, n=3, seed=text.shape[1])), dim=1)
+            seen = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
+        with torch.no_grad():
+            logits = model(text[:, -4:], attention_mask=seen, past_key_values=cache).logits
+        return text, logits
+
+    captured, eager = both(sharing=sharing, max_cache_len=200)
+    expected = run(eager)
+    assert not in_steps
+    text, logits = run(captured)
+    assert torch.equal(text, expected[0])
+    torch.testing.assert_close(logits, expected[1], rtol=0, atol=1e-12 if device == "cpu" else 1e-4)
+    # One token that is not cached yet and three new ones. Tokens that an agent must run again are run at once.
+    assert [now.stop - now.start for now in in_steps] == ([4, 4, 4, 4] if sharing == "lr_precomputed" else [4])
+    assert captured.coverage() == eager.coverage() and captured.eager_reason is None
+
+
+def test_a_few_new_tokens_that_fail_leave_nothing_behind(device, monkeypatch):
+    model = model_on(device)
+    captured, eager = both(sharing="lr_precomputed", max_cache_len=200)
+    ids = turns(model, captured, prompt(device), AGENTS)
+    assert torch.equal(turns(model, eager, prompt(device), AGENTS), ids)
+    text = torch.cat((ids, prompt(device, n=3)), dim=1)
+    before = captured.trajectory_length, captured.coverage(), captured.memory_footprint()
+    original = graphs.DecodeGraphs._step
+
+    def fails(self, now, kwargs):
+        if now.start == text.shape[1] - 2:
+            raise RuntimeError("out of memory")
+        return original(self, now, kwargs)
+
+    monkeypatch.setattr(graphs.DecodeGraphs, "_step", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(model, text, captured)
+    assert (captured.trajectory_length, captured.coverage(), captured.memory_footprint()) == before
+    monkeypatch.setattr(graphs.DecodeGraphs, "_step", original)
+    assert torch.equal(generate(model, text, captured), generate(model, text, eager))
 
 
 def test_two_caches_alternate_on_one_model(device):
@@ -482,6 +540,7 @@ def test_a_model_that_asks_the_device_for_a_number(device, caplog, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_no_garbage_is_collected_during_a_capture(monkeypatch):
     # What is collected may be another cache's graph, and freeing one breaks the capture off.
     original, seen = graphs.DecodeGraphs._static_pass, []
