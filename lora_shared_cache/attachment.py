@@ -11,7 +11,7 @@ import inspect
 import operator
 import threading
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -172,7 +172,7 @@ class AttentionLayer:
         return None if fused is None else fused.key if which == "k_proj" else fused.value
 
     def find_layout(self, kwargs: dict[str, Any]) -> None:
-        """Try the layer out, once for each set of adapted projections.
+        """Try the layer out, once for each kind of layer and set of adapted projections.
 
         Raises:
             UnsupportedModelError: the layer can't be expressed as base + low-rank part.
@@ -190,8 +190,37 @@ class AttentionLayer:
         def norms(heads: int, head_dim: int) -> list[KeyNorm]:
             return find_key_norms(self.module, heads, head_dim, device)
 
-        self.layout = find_layout(self.name, forward, kwargs, self.sources, widths, norms)
-        self.probed = adapted
+        kind = (*self._kind(), adapted, tuple(widths.items()), device, kwargs["hidden_states"].dtype)
+        layout = self._as_layers_of_this_kind(self.attachment.layouts.get(kind), norms)
+        if layout is None:
+            layout = find_layout(self.name, forward, kwargs, self.sources, widths, norms)
+            self.attachment.layouts[kind] = layout
+        self.layout, self.probed = layout, adapted
+
+    def _kind(self) -> tuple:
+        """All that may make a layer behave as others of its class do not: settings, parts, what the config says of it."""
+        module = self.module
+        settings = {
+            k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str) and k != "layer_idx"
+        }
+        parts = tuple((name, type(child)) for name, child in module.named_children())
+        per_layer = [
+            (name, str(values[self.layer_idx]))
+            for name, values in vars(self.attachment.decoder.config).items()
+            if isinstance(values, list | tuple) and len(values) >= len(self.attachment.layers) > 1
+        ]
+        return type(module), tuple(settings.items()), parts, tuple(per_layer), self.rope_key
+
+    @staticmethod
+    def _as_layers_of_this_kind(
+        layout: RotaryLayout | None, norms: Callable[[int, int], list[KeyNorm]]
+    ) -> RotaryLayout | None:
+        """The layout with the weights of this layer's own norm; None: the layer has to be tried out itself."""
+        if layout is None or layout.key_norm is None:
+            return layout
+        before = layout.key_norm
+        own = [norm for norm in norms(layout.key_heads, layout.head_dim) if norm.is_of_the_kind_of(before)]
+        return replace(layout, key_norm=own[0]) if len(own) == 1 else None
 
 
 def key_value_sources(attention: Any) -> dict[str, str] | None:
@@ -210,6 +239,7 @@ class Attachment:
         root: the outermost Transformers model (what ``generate`` is called on).
         decoder: the innermost model that holds the attention layers and creates their masks.
         layers: the attention layers by cache index.
+        layouts: what was found of the attention layers, by kind of layer.
         lora_layers: (path, layer) of every LoRA layer of the model.
         originals: (config, attention implementation) as they were.
         active: shared forward passes under way; the attention implementation is ours while there is one.
@@ -218,6 +248,7 @@ class Attachment:
     root: Any
     decoder: Any
     layers: dict[int, AttentionLayer] = field(default_factory=dict)
+    layouts: dict[tuple, RotaryLayout] = field(default_factory=dict)
     lora_layers: list[tuple[str, Any]] = field(default_factory=list)
     originals: list[tuple[Any, str]] = field(default_factory=list)
     active: int = 0

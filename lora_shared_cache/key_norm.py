@@ -48,6 +48,13 @@ class KeyNorm:
         """D."""
         return self.weight.shape[-1]
 
+    def is_of_the_kind_of(self, other: KeyNorm) -> bool:
+        """Whether only the weights may differ."""
+        mine, others = (
+            (norm.eps, norm.per_head, norm.centred, norm.after_rotation, norm.head_dim) for norm in (self, other)
+        )
+        return mine == others
+
     def rms(self, u: torch.Tensor) -> torch.Tensor:
         """s of keys (B, Hk, n, D), rotated ones for a norm after the rotation, in float32 (float64 for float64):
         (B, Hk or 1, n, 1)."""

@@ -25,8 +25,9 @@ from .storage import SharedCacheBase
 # Magnitudes of the probe's tokens: an adapter's effect must be the same function of small and of large projections (clipping).
 _PROBE_SCALES = (1.0, 30.0, 1000.0)
 _PROBE_TOKENS = len(_PROBE_SCALES)
-# Relative to the largest entry of the expected delta, per token; the probe runs in float32.
-_PROBE_TOLERANCE = 1e-3
+# Relative to the largest entry of the expected delta, per token. The probe runs in float32; a layer that takes nothing but its
+# own 16 bits (nn.LayerNorm for keys) is tried in those, where roundings are 4e-3 of a key.
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class RotaryLayout:
         columns: where the angles of the pairs stand in the model's cos/sin: "all" (half width), "first" half, or "even".
         reversed: by the negative angle (nanochat).
         key_norm: how keys are normalised; None: not at all.
-        head_dim: D; 0 if the layer was not tried out, since no adapter changes its keys and values.
+        head_dim, key_heads: D and Hk; 0 if the layer was not tried out, since no adapter changes its keys and values.
         fused: where keys and values stand in the output of a fused projection; None: they have projections of their own.
     """
 
@@ -63,6 +64,7 @@ class RotaryLayout:
     reversed: bool = False
     key_norm: KeyNorm | None = None
     head_dim: int = 0
+    key_heads: int = 0
     fused: FusedColumns | None = None
 
     def half_width(self, cos: torch.Tensor) -> torch.Tensor:
@@ -83,6 +85,10 @@ class RotaryLayout:
 
 
 NO_ROTATION = RotaryLayout(0)
+
+
+class _NotTried(UnsupportedModelError):
+    """The layer raised an error when it was tried out."""
 
 
 class _Stop(Exception):
@@ -161,14 +167,33 @@ def find_layout(
         UnsupportedModelError: the layer does not dispatch its attention, gives nothing to the cache, or treats its keys
             or values in a way that is not base + delta.
     """
+    try:
+        return _find_layout(name, forward, kwargs, sources, widths, key_norms, torch.float32)
+    except _NotTried:
+        dtype = kwargs["hidden_states"].dtype
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise
+        return _find_layout(name, forward, kwargs, sources, widths, key_norms, dtype)
+
+
+def _find_layout(
+    name: str,
+    forward: Callable[..., Any],
+    kwargs: dict[str, Any],
+    sources: dict[str, str],
+    widths: dict[str, int],
+    key_norms: Callable[[int, int], list[KeyNorm]],
+    dtype: torch.dtype,
+) -> RotaryLayout:
+    """As :func:`find_layout`, with made-up projections in ``dtype``."""
     hidden = kwargs["hidden_states"]
     device = hidden.device
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    scales = torch.tensor(_PROBE_SCALES, device=device)[None, :, None]
+    scales = torch.tensor(_PROBE_SCALES, device=device, dtype=dtype)[None, :, None]
     base = {which: random(1, _PROBE_TOKENS, width) * scales for which, width in widths.items()}
     delta = {which: random(1, _PROBE_TOKENS, width) * scales for which, width in widths.items()}
     call = dict(kwargs)
@@ -196,7 +221,7 @@ def find_layout(
         except _Stop:
             pass
         except (TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
-            raise UnsupportedModelError(f"{name}: its attention could not be tried out: {error}") from error
+            raise _NotTried(f"{name}: its attention could not be tried out: {error}") from error
         if probe.states is None:
             raise UnsupportedModelError(f"{name}: it gave no keys and values to the cache (shared between layers?)")
         if not probe.dispatched:
@@ -211,10 +236,15 @@ def find_layout(
     def states(projected: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         found = run(projected).states
         assert found is not None
-        return found
+        return (found[0].float(), found[1].float()) if dtype != torch.float32 else found
 
     before = states(base)
     after = states({which: base[which] + delta[which] for which in widths})
+    if dtype != torch.float32:
+        # What was added is what the sum has more, after its rounding.
+        delta = {which: (base[which] + delta[which]).float() - base[which].float() for which in widths}
+        base = {which: base[which].float() for which in widths}
+        cos, sin = (None if t is None else t.float() for t in (cos, sin))
     key_heads, head_dim = before[0].shape[1], before[0].shape[-1]
 
     def heads(x: torch.Tensor) -> torch.Tensor:
@@ -224,7 +254,7 @@ def find_layout(
         if expected.shape != actual.shape:
             return False
         worst, largest = ((x.abs().amax((0, 1, 3))) for x in (expected - actual, expected))
-        return bool((worst <= _PROBE_TOLERANCE * largest).all())
+        return bool((worst <= _PROBE_TOLERANCE[dtype] * largest).all())
 
     def delta_of(role: str, columns: FusedColumns | None) -> torch.Tensor | None:
         """What is added to the projection's columns of this role, (1, T, Hk * D); None: it has no adapters."""
@@ -246,7 +276,7 @@ def find_layout(
             "low-rank form"
         )
     if sources["k_proj"] not in widths:
-        return replace(NO_ROTATION, head_dim=head_dim)
+        return replace(NO_ROTATION, head_dim=head_dim, key_heads=key_heads)
     norms = [None, *key_norms(key_heads, head_dim)]
     for columns in splits:
         key_delta = delta_of("k_proj", columns)
@@ -268,8 +298,8 @@ def find_layout(
                     expected = rotate(norm.scaled(delta_heads)) / s_adapted
                 if explains(expected, difference):
                     if columns is not None:
-                        _check_query(name, fused, columns, base, delta, run)
-                    return replace(layout, key_norm=norm, head_dim=head_dim, fused=columns)
+                        _check_query(name, fused, columns, base, delta, run, dtype)
+                    return replace(layout, key_norm=norm, head_dim=head_dim, key_heads=key_heads, fused=columns)
     raise UnsupportedModelError(
         f"{name}: its keys are not k_proj's output plus a rotation (are they scaled or clipped, or normalised with a bias, or "
         "after the rotation with weights?), so an adapter on k_proj has no low-rank form here. Adapters without k_proj work"
@@ -307,6 +337,7 @@ def _check_query(
     base: dict[str, torch.Tensor],
     delta: dict[str, torch.Tensor],
     run: Callable[[dict[str, torch.Tensor]], LayoutProbe],
+    dtype: torch.dtype,
 ) -> None:
     """Refuse a layer whose queries depend on the columns that hold keys and values: those get the base alone.
 
@@ -317,7 +348,7 @@ def _check_query(
     changed = base[fused].clone()
     for part in (columns.key, columns.value):
         changed[..., part] += delta[fused][..., part]
-    before, after = (run({**base, fused: projected}).query for projected in (base[fused], changed))
+    before, after = (run({**base, fused: projected.to(dtype)}).query for projected in (base[fused], changed))
     assert before is not None and after is not None
     if not torch.equal(before, after):
         raise UnsupportedModelError(f"{name}: its queries are made of the columns of {fused} that give keys and values")

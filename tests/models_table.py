@@ -2,6 +2,7 @@
 
     python -m tests.models_table            # about five minutes on two cores
     python -m tests.models_table phi3 gpt2  # these again
+    python -m tests.models_table --gpu OUT.json  # put in what `python -m tests.test_models_cuda OUT.json` measured on a GPU
 
 Each model type gets a config of two layers, a LoRA on q_proj, k_proj and v_proj, and one prompt fed as a prefill, a chunk and
 single tokens; the logits are compared with PEFT and a ``DynamicCache`` in float32. What the library refuses is listed with its
@@ -134,13 +135,34 @@ def verdict(model_type: str) -> dict[str, Any]:
     return row | dict(status="ok" if row["error"] <= TOLERANCE and effect > 1e-3 else "WRONG")
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def gpu_section(gpu: dict[str, Any]) -> list[str]:
+    """What ``test_models_cuda.py`` measured."""
+    lines = [
+        "## On a GPU",
+        "",
+        f"One model of each kind of attention through the Triton kernels ({gpu['device']}, Transformers",
+        f"{gpu['transformers']}), head size 64, two rows with padding on the left, a prefill, a chunk, eight single tokens,",
+        "adapters taking turns, every policy. Errors against PEFT and a `DynamicCache` in float32: the largest, relative to",
+        "the largest logit; in bfloat16 the root mean square, beside that of PEFT in bfloat16.",
+        "Written by `python -m tests.test_models_cuda`.",
+        "",
+        "| kind | model type | float32 | bfloat16 | PEFT in bfloat16 |",
+        "|---|---|---|---|---|",
+    ]
+    for r in gpu["rows"]:
+        low = r["bfloat16"]
+        numbers = f"{r['float32']['error']:.0e} | {low['rms']:.1e} | {low['peft_rms']:.1e}"
+        lines.append(f"| {r['kind']} | {r['model_type']} | {numbers} |")
+    return [*lines, ""]
+
+
+def page(rows: list[dict[str, Any]], version: str, gpu: dict[str, Any] | None = None) -> str:
     """The table as Markdown."""
     done = {status: [r for r in rows if r["status"] == status] for status in ("ok", "refused", "not tried", "WRONG")}
     lines = [
         "# Models",
         "",
-        f"Every model type of `AutoModelForCausalLM` in Transformers {transformers.__version__}, as a tiny random model on",
+        f"Every model type of `AutoModelForCausalLM` in Transformers {version}, as a tiny random model on",
         "the CPU in float32: LoRA on q, k, v; a prefill, a chunk, single tokens; logits compared with PEFT and a `DynamicCache`.",
         "Written by `python -m tests.models_table`. A model of your own: `python -m lora_shared_cache check --model ID_OR_PATH`.",
         "",
@@ -155,6 +177,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             for r in done["ok"] + done["WRONG"]
         ),
         "",
+        *(gpu_section(gpu) if gpu else []),
         "## Refused",
         "",
         "| model type | message |",
@@ -179,8 +202,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    again = sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    table = {row["model_type"]: row for row in json.loads(JSON.read_text())["rows"]} if sys.argv[1:] else {}
+    whole = json.loads(JSON.read_text()) if JSON.exists() else dict(rows=[])
+    named, gpu = sys.argv[1:], whole.get("gpu")
+    if named[:1] == ["--gpu"]:
+        gpu, named = json.loads(Path(named[1]).read_text()), []
+        again = []
+    else:
+        again = named or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    table = {row["model_type"]: row for row in whole["rows"]} if named or not again else {}
     signal.signal(signal.SIGALRM, _too_long)
     for model_type in again:
         signal.alarm(_SECONDS)
@@ -188,8 +217,10 @@ def main() -> None:
         signal.alarm(0)
         print(table[model_type], flush=True)
     rows = [table[model_type] for model_type in sorted(table)]
-    JSON.write_text(json.dumps(dict(transformers=transformers.__version__, rows=rows), indent=1) + "\n")
-    PAGE.write_text(page(rows))
+    version = transformers.__version__ if again else whole["transformers"]
+    found = dict(transformers=version, **(dict(gpu=gpu) if gpu else {}), rows=rows)
+    JSON.write_text(json.dumps(found, indent=1) + "\n")
+    PAGE.write_text(page(rows, version, gpu))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
@@ -18,11 +19,13 @@ import lora_shared_cache
 from lora_shared_cache import ATTENTION_NAME, SharedCacheError, SharedLoRACache, TrajectoryError, attach, detach
 
 from .tiny import (
+    SHAPE,
     activate,
     assert_equal_logits,
     difference,
     feed,
     fill_adapter,
+    finish,
     logits,
     lora,
     reference,
@@ -666,3 +669,20 @@ def test_a_cache_outlives_detach_and_its_prompts_are_still_checked():
         model.generate(input_ids=wrong, **call)
     expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
     assert torch.equal(model.generate(input_ids=ids, **call), expected)
+
+
+def test_one_layer_of_each_kind_is_tried_out(monkeypatch):
+    """Of many equal layers one; of layers that the config tells apart one of each."""
+    from lora_shared_cache import attachment
+
+    tried = []
+    original = attachment.find_layout
+    monkeypatch.setattr(attachment, "find_layout", lambda name, *a: (tried.append(name), original(name, *a))[1])
+    for settings, expected in ((dict(no_rope_layers=[1] * 12), 1), (dict(no_rope_layers=[1, 1, 0] * 4), 2)):
+        shape = {k: v for k, v in SHAPE.items() if k != "head_dim"} | dict(num_hidden_layers=12)
+        model = finish(transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**shape, **settings)), torch.float64)
+        model = with_adapters(model, ["one"])
+        want = reference(twin(model), tokens(9))
+        tried.clear()
+        assert_equal_logits(feed(model, tokens(9), SharedLoRACache(), [5, 1, 3]), want)
+        assert len(tried) == expected

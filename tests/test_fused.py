@@ -33,7 +33,12 @@ from .tiny import (
     with_adapters,
 )
 
-pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
+    # In the oldest Transformers' GPT-BigCode.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+]
 N = 16
 # Columns of queries, keys and values: one after the other with fewer heads of keys; per head; one after the other in a Conv1D.
 FAMILIES = {

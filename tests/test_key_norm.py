@@ -232,3 +232,14 @@ def test_other_norms_are_refused_by_name(family):
     model = with_adapters(model, {"one": lora(target_modules=["k_proj"], **KV)})
     with pytest.raises(ValueError, match=f"{family}Attention.*normalised.*without k_proj"):
         logits(model, tokens(5), SharedLoRACache())
+
+
+def test_norms_that_take_their_own_dtype_only():
+    """nn.LayerNorm in bfloat16 is tried in bfloat16."""
+    model = build("StableLm", torch.float32, **FAMILIES["StableLm with norms"])
+    model = with_adapters(model, {"one": lora(target_modules=["q_proj", "k_proj", "v_proj"], **KV)})
+    expected = reference(twin(model), tokens(12))
+    model = model.to(torch.bfloat16)
+    theirs = (reference(twin(model), tokens(12)).float() - expected).norm()
+    ours = (feed(model, tokens(12), SharedLoRACache(), [9, 1, 2]).float() - expected).norm()
+    assert 0 < ours <= 1.5 * theirs
