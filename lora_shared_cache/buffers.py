@@ -195,7 +195,7 @@ class WindowBuffer(TokenBuffer):
         window: tokens that are read besides the new one, and one more, so that the last one can be run again.
 
     Attributes:
-        kept: the window before a certain position, the mark, once it is no longer among the last tokens: (mark, tokens).
+        kept: of the window before a certain position, the mark, what is no longer among the last tokens: (mark, tokens).
     """
 
     def __init__(self, token_dim: int, window: int, max_tokens: int | None = None):
@@ -293,8 +293,12 @@ class WindowBuffer(TokenBuffer):
     def go_back(self, position: int) -> None:
         """Make the window before ``position``, which was kept, the last tokens, if it is not among them."""
         if self.kept is not None and self.kept[0] == position and not self.covers(position):
+            tokens = self.kept[1]
+            if self.start < position:
+                with torch.inference_mode(False):
+                    tokens = torch.cat((tokens, self.view(position, self.start)), self.token_dim)
             self.start = max(0, position - self.window)
-            self._replace(self.kept[1])
+            self._replace(tokens)
         if self.kept is not None and self.kept[0] >= position:
             self.kept = None
 
@@ -349,15 +353,18 @@ class WindowBuffer(TokenBuffer):
         self, mark: int, first: int, position: int, new: torch.Tensor | None
     ) -> tuple[int, torch.Tensor] | None:
         """What is to be kept for a mark when tokens from ``first`` on are the last ones."""
-        if self.kept is not None and self.kept[0] == mark:
-            return self.kept
         lowest = max(0, mark - self.window)
         stop = position + (0 if new is None else new.shape[self.token_dim])
-        if mark == 0 or lowest >= first or mark > stop or lowest < self.start:
+        before = self.kept[1] if self.kept is not None and self.kept[0] == mark else None
+        if mark == 0 or lowest >= first or mark > stop or (before is None and lowest < self.start):
             return None
+        begin, end = lowest if before is None else self.start, min(mark, first)
         # A normal tensor even under torch.inference_mode(): it may be written to after going back.
         with torch.inference_mode(False):
-            return mark, self._tokens(lowest, mark, position, new).clone()
+            if begin >= end:
+                return self.kept
+            tokens = self._tokens(begin, end, position, new)
+            return mark, tokens.clone() if before is None else torch.cat((before, tokens), self.token_dim)
 
     def _tokens(self, start: int, stop: int, position: int, new: torch.Tensor | None) -> torch.Tensor:
         """Tokens ``start`` to ``stop`` of those that are held, followed by new ones from ``position`` on."""

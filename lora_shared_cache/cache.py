@@ -425,7 +425,7 @@ class SharedLoRACache(SharedCacheBase):
             parts = [(keys[key], layer.entries.pop(key)) for key in order if key in layer.entries]
             layer.entries.update({key: part for key, part in parts if key})
             tails = [(keys[key], layer.tails.pop(key)) for key in order if key in layer.tails]
-            layer.tails.update({key: tail for key, tail in tails if tail.stop == self._coverage.get(key)})
+            layer.tails.update({key: tail for key, tail in tails if tail.end == self._coverage.get(key)})
         self._agents = {
             renamed.get(agent, agent): None for agent in self._agents if renamed.get(agent, agent) or not agent
         }

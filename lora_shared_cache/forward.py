@@ -566,7 +566,7 @@ class LayerPass:
             assert storage.window is not None
             first = max(0, now.stop - storage.window)
             storage.staged_tail = Tail(
-                first, keys[:, :, first - self.start :].clone(), values[:, :, first - self.start :].clone()
+                first, now.stop, keys[:, :, first - self.start :].clone(), values[:, :, first - self.start :].clone()
             )
         return keys, values
 

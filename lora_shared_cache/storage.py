@@ -8,7 +8,7 @@ nothing behind.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,10 +49,12 @@ class Tail:
 
     Attributes:
         start: position of the first token.
+        end: where the agent stopped. Tokens between the last one here and this are among those that the layer holds.
         keys, values: (B, Hk, n, D).
     """
 
     start: int
+    end: int
     keys: torch.Tensor
     values: torch.Tensor
 
@@ -60,10 +62,6 @@ class Tail:
     def stop(self) -> int:
         """Position after the last token."""
         return self.start + self.keys.shape[-2]
-
-    def covers(self, start: int, stop: int) -> bool:
-        """Whether tokens ``start ... stop`` are among it."""
-        return self.start <= start and stop <= self.stop
 
     def view(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of tokens ``start ... stop``."""
@@ -74,14 +72,19 @@ class Tail:
         """Bytes."""
         return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
 
+    def extended(self, keys: torch.Tensor, values: torch.Tensor) -> Tail:
+        """With further tokens (B, Hk, n, D) behind it."""
+        return replace(self, keys=torch.cat((self.keys, keys), -2), values=torch.cat((self.values, values), -2))
+
     def select_rows(self, rows: torch.Tensor) -> Tail:
         """The batch rows ``rows``."""
         rows = rows.to(self.keys.device)
-        return Tail(self.start, self.keys.index_select(0, rows), self.values.index_select(0, rows))
+        return replace(self, keys=self.keys.index_select(0, rows), values=self.values.index_select(0, rows))
 
     def to(self, device: torch.device | str) -> Tail:
         """The same on another device."""
-        return Tail(self.start, *(t.to(device, non_blocking=True) for t in (self.keys, self.values)))
+        keys, values = (t.to(device, non_blocking=True) for t in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
 
 
 class SharedLoRALayer(CacheLayerMixin):
@@ -283,14 +286,19 @@ class SharedLoRALayer(CacheLayerMixin):
         buffer = self.base_keys
         if not isinstance(buffer, WindowBuffer) or buffer.data is None:
             return
-        saved: dict[int, Tail] = {}
+        saved: dict[object, Tail] = {}
         for key, end in ends.items():
-            lowest = max(0, end - buffer.window)
-            if key in self.tails or lowest >= first or not buffer.covers(end):
+            tail, lowest = self.tails.get(key), max(0, end - buffer.window)
+            begin, stop = lowest if tail is None else tail.stop, min(end, first)
+            if begin >= stop or (tail is None and not buffer.covers(end)):
                 continue
-            if end not in saved:
-                saved[end] = Tail(lowest, buffer.view(end, lowest).clone(), self.base_values.view(end, lowest).clone())
-            self.tails[key] = saved[end]
+            same = end if tail is None else id(tail)
+            if same not in saved:
+                keys, values = buffer.view(stop, begin), self.base_values.view(stop, begin)
+                saved[same] = (
+                    Tail(lowest, end, keys.clone(), values.clone()) if tail is None else tail.extended(keys, values)
+                )
+            self.tails[key] = saved[same]
 
     def tail_before(
         self, position: int, start: int, keys: Iterable[EntryKey]
@@ -298,8 +306,16 @@ class SharedLoRALayer(CacheLayerMixin):
         """Base K and V of tokens ``start ... position`` kept for one of the entries ``keys``, or None twice."""
         for key in keys:
             tail = self.tails.get(key)
-            if tail is not None and tail.covers(start, position):
+            if tail is None or start < tail.start or position > tail.end:
+                continue
+            if position <= tail.stop:
                 return tail.view(start, position)
+            first = max(start, tail.stop)
+            rest = self.base_keys.view(position, first), self.base_values.view(position, first)
+            if start >= tail.stop:
+                return rest
+            keys, values = (torch.cat(parts, -2) for parts in zip(tail.view(start, tail.stop), rest, strict=True))
+            return keys, values
         return None, None
 
     def release_expanded(self) -> None:

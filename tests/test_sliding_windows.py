@@ -299,7 +299,7 @@ def test_memory_is_bounded(sharing):
     # One more window for an agent that has stopped before, and one to go back to the start of the turn.
     tails = cache.layers[0].tails
     assert len(tails) == (sharing == "base_shared") and all(t.keys.shape[2] <= WINDOW for t in tails.values())
-    assert cache.layers[0].base_keys.kept[1].shape[2] == WINDOW
+    assert cache.layers[0].base_keys.kept[1].shape[2] <= WINDOW
 
 
 def test_a_long_prefill_leaves_a_window(storage):
