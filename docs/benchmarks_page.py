@@ -149,6 +149,58 @@ def kept_by(policies: dict[str, Any], policy: str) -> list[str]:
     return [cell("all"), f"{low:.1%} to {high:.1%}", *(cell(role) for role in ("plan", "action", "reflect"))]
 
 
+def traces() -> str:
+    """Whole episodes, by every way of caching."""
+    sections = []
+    for path in sorted(RESULTS.glob("agent_trace*.json")):
+        rows = load(path.name)
+        exact = {(*setting_of(row), row["mode"]): row for row in rows if row["variant"] == "non_shared"}
+        lines = []
+        for row in rows:
+            setting = setting_of(row)
+            other = exact.get((*setting, row["mode"]))
+            compared = other is not None and other is not row
+            speed = f"{other['end_to_end_s'] / row['end_to_end_s']:.2f}×" if compared else ""
+            lines.append(
+                [
+                    *setting[:2],
+                    f"{row['total']:,}",
+                    row["mode"],
+                    f"`{row['variant']}`",
+                    f"{row['end_to_end_s']:.1f}",
+                    bold(speed, worse=compared and other["end_to_end_s"] < row["end_to_end_s"]),
+                    f"{row['ttft_p50_ms']:,.0f} / {row['ttft_p95_ms']:,.0f}",
+                    f"{row['decode_ms']:.0f}",
+                    f"{row['prefilled_tokens']:,} / {row['rerun_tokens']:,}",
+                    f"{row['cache_bytes'] / 1e6:,.1f}",
+                    f"{row['cache_bytes'] / row['one_cache_bytes']:.2f}×",
+                ]
+            )
+        about = {**rows[0], "device": f"{rows[0]['threads']} thread of a CPU"}
+        about["gpu"] = None if about["gpu"] == "none" else about["gpu"]
+        clock = "CPU seconds" if rows[0].get("clock") == "process" else "wall time"
+        head = ["model", "adapters", "tokens", "mode", "way", f"end to end, s ({clock})", "speed over `non_shared`"]
+        head += [
+            "first token p50 / p95, ms",
+            "ms per token",
+            "tokens run / of them again",
+            "caches, MB",
+            "of one cache",
+        ]
+        sections.append(f"{versions(about)}, {rows[0]['dtype']}. {link(path.name)}.\n\n{table(head, lines)}")
+    if not sections:
+        return "## Agent traces\n\nNot measured yet."
+    return (
+        "## Agent traces\n\nTurns of three agents on one text, [what is measured and how](traces.md). Bold: slower than one "
+        "exact cache per adapter in the same mode.\n\n" + "\n\n".join(sections)
+    )
+
+
+def setting_of(row: dict[str, Any]) -> tuple[str, str, int]:
+    """What has to be equal for two rows of a trace to be compared."""
+    return row["model"], row["adapters"], row["total"]
+
+
 def quality() -> str:
     """Gain of role adapters that each policy keeps."""
     lines = []
@@ -279,8 +331,7 @@ def others() -> str:
 
 - {link("demo_cpu.txt")}: what `make demo` printed for one question, token counts, times and memory beside one
 `DynamicCache` per adapter and one for all.
-- {link("kernel_variants.txt")}: kernel variants on the way, those that lost included.
-- Whole episodes ([Agent traces](traces.md)) have their tables on a page of their own."""
+- {link("kernel_variants.txt")}: kernel variants on the way, those that lost included."""
 
 
 def page() -> str:
@@ -289,6 +340,7 @@ def page() -> str:
         kernels,
         decode_gpu,
         decode_cpu,
+        traces,
         quality,
         joined,
         what_if,
