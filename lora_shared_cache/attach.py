@@ -33,7 +33,7 @@ from .attachment import (
 from .attention import register_attention
 from .errors import SharedCacheError, UnsupportedModelError
 from .forward import clear_interrupted_pass, run_attention_layer, run_decoder, shared_cache_in
-from .generation import run_generate
+from .generation import dropped_cache, run_generate
 from .graphs import forget_graphs
 from .scopes import layer_scope
 
@@ -204,6 +204,10 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _decoder_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     clear_interrupted_pass()
     cache = shared_cache_in(args, kwargs)
+    if cache is None and not args:
+        cache = dropped_cache(record_of(self).owner, kwargs)
+        if cache is not None:
+            kwargs["past_key_values"] = cache
     if cache is None:
         return call_original(self, *args, **kwargs)
     if args:

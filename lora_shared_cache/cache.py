@@ -39,7 +39,7 @@ from .policies import (
     sharing_group,
 )
 from .reports import MemoryFootprint
-from .scopes import forward_scope, layer_scope
+from .scopes import forward_scope, generate_scope, layer_scope
 from .storage import SharedCacheBase, SharedLoRALayer, sliding_windows
 from .trajectory import Trajectory
 
@@ -1045,7 +1045,8 @@ class SharedLoRACache(SharedCacheBase):
         self._in_prompt, self._prompt_length, self._limit, self._new_turn = True, length, limit, True
         self._graphs.start_turn()
         try:
-            yield
+            with generate_scope(self):
+                yield
         finally:
             self._in_prompt, self._prompt_length, self._limit, self._new_turn = False, 0, None, False
             self._prompt_invocations = None

@@ -13,7 +13,8 @@ import torch
 
 from . import adapters as peft_adapters
 from .attachment import Attachment
-from .errors import TrajectoryError
+from .errors import TrajectoryError, UnsupportedModelError
+from .scopes import forward_scope, generate_scope
 
 if TYPE_CHECKING:
     from .cache import SharedLoRACache
@@ -115,3 +116,29 @@ def _check_prompt(
     # `generate` runs `ids[:, -(n - cached):]`: with everything cached that is all of them. The last token is run again.
     limit = columns - 1 if cache._seen_length(agent) >= columns else None
     return limit, columns
+
+
+def dropped_cache(attachment: Attachment, kwargs: dict[str, Any]) -> SharedLoRACache | None:
+    """The cache that ``generate`` was given where the model's own ``prepare_inputs_for_generation`` has left it out, or None.
+
+    Phi-3 does so once, when a text gets longer than ``original_max_position_embeddings``: the whole text is run again then, since
+    its rotation may change there. Where the rotation does not, what is cached still holds.
+
+    Raises:
+        UnsupportedModelError: the rotation changes with the length of the text, so cached keys no longer fit.
+    """
+    cache: SharedLoRACache | None = generate_scope.get()
+    if cache is None or cache._attachment is not attachment or forward_scope.get() is not None:
+        return None
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False:
+        return None
+    config = attachment.decoder.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if cache.trajectory_length and kinds & {"longrope", "dynamic"}:
+        raise UnsupportedModelError(
+            f"{type(attachment.root).__name__} leaves the cache out here: beyond "
+            f"{getattr(config, 'original_max_position_embeddings', 'some number of')} tokens its rotation is another one, and "
+            f"the {cache.trajectory_length} cached tokens were rotated with the first. Go on with an empty cache: cache.reset()"
+        )
+    return cache

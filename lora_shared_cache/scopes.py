@@ -48,3 +48,5 @@ class Scope:
 
 forward_scope = Scope("lora_shared_cache.forward")
 layer_scope = Scope("lora_shared_cache.layer")
+# The cache that a ``generate`` call under way was given.
+generate_scope = Scope("lora_shared_cache.generate")

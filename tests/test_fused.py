@@ -9,6 +9,7 @@ import transformers
 from lora_shared_cache import (
     SharedLoRACache,
     UnsupportedModelError,
+    attach,
     project_to_shared_a,
     share_down_projections,
     sharing_report,
@@ -121,6 +122,62 @@ def test_rows_with_different_adapters(family, sharing, storage):
         out = logits(model, ids[:, start : start + size], cache, adapter_names=names)
         assert_equal_logits(out, expected[:, start : start + size], EXACT)
         start += size
+
+
+def phi3_of_few_positions(**settings):
+    config = transformers.AutoConfig.for_model(
+        "phi3", **{**SHAPE, "num_hidden_layers": 2, "original_max_position_embeddings": 12, **settings}
+    )
+    model = finish(transformers.AutoModelForCausalLM.from_config(config), torch.float64)
+    plain = dict(target_modules=["qkv_proj"], rank_pattern={}, alpha_pattern={})
+    return with_adapters(model, {name: lora(**plain) for name in ("one", "two")})
+
+
+def continued(model, cache, prompt, new):
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+    )
+
+
+def test_a_model_that_leaves_the_cache_out(storage):
+    """Phi-3's generate does, once a text is longer than original_max_position_embeddings."""
+    model = phi3_of_few_positions()
+    copy_adapter(model, "one", "two")
+    plain = twin(model)
+    prompt = tokens(9)
+    expected = continued(plain, transformers.DynamicCache(), prompt, 12)
+    attach(model)
+    cache = SharedLoRACache(sharing="lr_precomputed")
+    text = continued(model, cache, prompt, 7)
+    assert torch.equal(text, expected[:, :16]) and cache.trajectory_length == 15
+    activate(model, "two")
+    assert torch.equal(continued(model, cache, text, 5), expected) and cache.trajectory_length == 20
+    # A long prompt on an empty cache.
+    cache = SharedLoRACache()
+    assert torch.equal(continued(model, cache, text, 5), expected) and cache.trajectory_length == 20
+
+
+def test_a_model_whose_rotation_changes_with_the_length():
+    half = SHAPE["head_dim"] // 2
+    rope = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * half, long_factor=[2.0] * half)
+    rope |= dict(original_max_position_embeddings=12, factor=8.0, partial_rotary_factor=1.0)
+    model = attach(phi3_of_few_positions(rope_parameters=rope, max_position_embeddings=96))
+    plain = twin(model)
+    cache = SharedLoRACache()
+    text = continued(model, cache, tokens(9), 2)
+    with pytest.raises(
+        UnsupportedModelError, match=r"beyond 12 tokens its rotation is another one, and the 1[0-9] cached"
+    ):
+        continued(model, cache, text, 8)
+    cache.reset()
+    long = tokens(15)
+    assert torch.equal(continued(model, cache, long, 4), continued(plain, transformers.DynamicCache(), long, 4))
+    assert cache.trajectory_length == 18
 
 
 def test_layer_0_belongs_to_whoever_reads(storage):
