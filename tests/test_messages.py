@@ -1,0 +1,165 @@
+"""Messages that no other test provokes: what is said, and that the cache goes on afterwards as if nothing had been asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_shared_cache import SharedCacheError, SharedLoRACache, TrajectoryError, attach, graphs, sharing_report
+from lora_shared_cache.errors import UnsupportedAdapterError, UnsupportedModelError
+
+from .conftest import emulate_graphs
+from .tiny import assert_equal_logits, logits, lora, reference, tiny_llama, tokens, twin, with_adapters
+
+pytestmark = pytest.mark.integration
+
+
+def two_adapters():
+    return with_adapters(tiny_llama(), ("plan", "act"))
+
+
+def call_layer(model, cache, *args):
+    return model.get_base_model().model.layers[1].self_attn(*args, past_key_values=cache)
+
+
+def late_with_a_mask_of_its_own(model, cache):
+    model.set_adapter("act")
+    mask = torch.zeros(1, 1, 2, 8, dtype=torch.float64)
+    logits(model, tokens(8)[:, 6:], cache, attention_mask=mask, position_ids=torch.tensor([[6, 7]]))
+
+
+PROVOKE = {
+    "outside of its model's forward pass; call the model": (
+        UnsupportedModelError,
+        lambda model, cache: call_layer(model, cache, torch.zeros(1, 2, 32, dtype=torch.float64)),
+    ),
+    "called without input_ids and inputs_embeds": (
+        TrajectoryError,
+        lambda model, cache: model.get_base_model().model(past_key_values=cache),
+    ),
+    "has not seen tokens 0 to 6; pass them, with a mask for them": (TrajectoryError, late_with_a_mask_of_its_own),
+    "drop_adapter: no adapter 'critic'; known are 'act', 'plan'": (
+        SharedCacheError,
+        lambda model, cache: cache.drop_adapter("critic"),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", PROVOKE)
+def test_refused_and_goes_on(message):
+    model, (error, provoke) = two_adapters(), PROVOKE[message]
+    plain, cache = twin(model), SharedLoRACache()
+    attach(model)
+    logits(model, tokens(6), cache)
+    with pytest.raises(error) as caught:
+        provoke(model, cache)
+    assert message in str(caught.value)
+    model.set_adapter("plan")
+    assert cache.trajectory_length == 6
+    assert_equal_logits(logits(model, tokens(8)[:, 6:], cache), reference(plain, tokens(8))[:, 6:])
+
+
+def test_positional_arguments_of_an_attention_layer():
+    model, cache = two_adapters(), SharedLoRACache()
+    attach(model)
+    layer = model.get_base_model().model.layers[1]
+    call = layer.self_attn.forward
+    layer.self_attn.forward = lambda hidden_states, **kwargs: call(hidden_states, None, **kwargs)
+    with pytest.raises(UnsupportedModelError, match="is called with 2 positional arguments, which is not supported"):
+        logits(model, tokens(6), cache)
+    layer.self_attn.forward = call
+    logits(model, tokens(6), cache)
+    assert cache.trajectory_length == 6
+
+
+def test_offloaded_adapters():
+    model, cache = two_adapters(), SharedLoRACache()
+    a = model.get_base_model().model.layers[1].self_attn.k_proj.lora_A
+    kept = a["plan"]
+    a["plan"] = torch.nn.Linear(kept.in_features, kept.out_features, bias=False, device="meta")
+    with pytest.raises(UnsupportedAdapterError, match="offloaded .meta device.; load them on the model's device"):
+        logits(model, tokens(6), cache)
+    a["plan"] = kept
+    logits(model, tokens(6), cache)
+    assert cache.trajectory_length == 6
+
+
+def test_unknown_backend(monkeypatch):
+    monkeypatch.setenv("LORA_SHARED_CACHE_BACKEND", "cuda")
+    cache = SharedLoRACache()
+    with pytest.raises(
+        SharedCacheError, match="LORA_SHARED_CACHE_BACKEND is 'cuda', expected 'reference', 'triton' or nothing"
+    ):
+        logits(two_adapters(), tokens(6), cache)
+    assert cache.trajectory_length == 0
+
+
+def test_a_report_without_adapters():
+    with pytest.raises(UnsupportedAdapterError, match="the model has no adapters; load some, or give turns"):
+        sharing_report(tiny_llama(), tokens(20), progress=False)
+
+
+def in_training(model, cache):
+    model.train()
+    with torch.no_grad():
+        logits(model, tokens(7)[:, 6:], cache)
+    model.eval()
+
+
+def by_embeddings(model, cache):
+    embeds = model.get_input_embeddings()(tokens(7)[:, 6:]).detach()
+    with torch.no_grad():
+        model(inputs_embeds=embeds, past_key_values=cache)
+
+
+def hidden_states_in_the_config(model, cache):
+    model.config.output_hidden_states = True
+    logits(model, tokens(7)[:, 6:], cache)
+
+
+UNCAPTURED = {
+    "output_hidden_states was asked for in the model's config": hidden_states_in_the_config,
+    "the step has an attention mask of its own, not one entry per token": lambda model, cache: logits(
+        model, tokens(7)[:, 6:], cache, attention_mask=torch.zeros(1, 1, 1, 7, dtype=torch.float64)
+    ),
+    "the model is in training mode": in_training,
+    "the step was given as inputs_embeds": by_embeddings,
+    "return_dict=False": lambda model, cache: model.get_base_model().model(
+        tokens(7)[:, 6:], past_key_values=cache, return_dict=False
+    ),
+    "the model was called with something, which a captured step does not know": lambda model, cache: logits(
+        model, tokens(7)[:, 6:], cache, something=torch.zeros(1)
+    ),
+    "output_hidden_states was asked for": lambda model, cache: logits(
+        model, tokens(7)[:, 6:], cache, output_hidden_states=True
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", UNCAPTURED)
+def test_reasons_for_uncaptured_steps(reason, monkeypatch):
+    emulated = emulate_graphs(monkeypatch, graphs)
+    model, cache = with_adapters(tiny_llama(), {"plan": lora(lora_dropout=0.0)}), SharedLoRACache()
+    attach(model)
+    logits(model, tokens(6), cache)
+    UNCAPTURED[reason](model, cache)
+    assert cache.eager_reason == reason
+    assert cache.trajectory_length == 7 and emulated.replays == 0
+
+
+def test_activated_lora_is_not_captured(monkeypatch):
+    emulate_graphs(monkeypatch, graphs)
+    model, cache = with_adapters(tiny_llama(), {"check": lora(alora_invocation_tokens=[61, 60])}), SharedLoRACache()
+    ids = torch.cat((tokens(6) % 59 + 1, torch.tensor([[61, 60, 5]])), dim=1)
+    model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3, pad_token_id=0
+    )
+    assert cache.eager_reason == "the adapter is active from an invocation on (aLoRA)"
+
+
+def test_the_reference_is_not_captured(monkeypatch):
+    emulate_graphs(monkeypatch, graphs)
+    monkeypatch.setenv("LORA_SHARED_CACHE_BACKEND", "reference")
+    model, cache = two_adapters(), SharedLoRACache()
+    model.generate(tokens(6), attention_mask=torch.ones(1, 6), past_key_values=cache, max_new_tokens=3, pad_token_id=0)
+    assert cache.eager_reason == "the reference attention was chosen"
