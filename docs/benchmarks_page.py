@@ -187,12 +187,30 @@ def traces() -> str:
             "caches, MB",
             "of one cache",
         ]
-        sections.append(f"{versions(about)}, {rows[0]['dtype']}. {link(path.name)}.\n\n{table(head, lines)}")
+        sections.append(
+            f"{versions(about)}, {rows[0]['dtype']}. {link(path.name)}.{unsteady(rows)}\n\n{table(head, lines)}"
+        )
     if not sections:
         return "## Agent traces\n\nNot measured yet."
     return (
         "## Agent traces\n\nTurns of three agents on one text, [what is measured and how](traces.md). Bold: slower than one "
         "exact cache per adapter in the same mode.\n\n" + "\n\n".join(sections)
+    )
+
+
+def unsteady(rows: list[dict[str, Any]]) -> str:
+    """A warning where the same work, PEFT's eager step with a ``DynamicCache``, took very different times in one run."""
+    steps: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["mode"] == "eager" and row["variant"] in ("non_shared", LOSSY):
+            steps.setdefault(setting_of(row), []).append(row["decode_ms"])
+    worst = max(steps.values(), key=lambda times: max(times) / min(times), default=[1.0])
+    if max(worst) < 1.3 * min(worst):
+        return ""
+    repeats = min(row["repeats"] for row in rows)
+    return (
+        f" **Don't judge by these times**: PEFT's same eager step took {min(worst):.0f} ms in one row and {max(worst):.0f} in "
+        f"another, and some rows are of {repeats} repeat{'s' * (repeats > 1)}; token counts and memory are exact."
     )
 
 
