@@ -144,13 +144,21 @@ def continued(model, cache, prompt, new):
     )
 
 
+def greedy(model, text, new):
+    """What greedy decoding gives without any cache."""
+    with torch.no_grad():
+        for _ in range(new):
+            text = torch.cat((text, model(text, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return text
+
+
 def test_a_model_that_leaves_the_cache_out(storage):
-    """Phi-3's generate does, once a text is longer than original_max_position_embeddings."""
+    """Phi-3's generate does, once a text is longer than original_max_position_embeddings. Transformers 5.17 then gives the model
+    its last token alone, so with a DynamicCache it goes on wrongly."""
     model = phi3_of_few_positions()
     copy_adapter(model, "one", "two")
-    plain = twin(model)
     prompt = tokens(9)
-    expected = continued(plain, transformers.DynamicCache(), prompt, 12)
+    expected = greedy(twin(model), prompt, 12)
     attach(model)
     cache = SharedLoRACache(sharing="lr_precomputed")
     text = continued(model, cache, prompt, 7)
@@ -176,7 +184,7 @@ def test_a_model_whose_rotation_changes_with_the_length():
         continued(model, cache, text, 8)
     cache.reset()
     long = tokens(15)
-    assert torch.equal(continued(model, cache, long, 4), continued(plain, transformers.DynamicCache(), long, 4))
+    assert torch.equal(continued(model, cache, long, 4), greedy(plain, long, 4))
     assert cache.trajectory_length == 18
 
 
