@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationMixin
 
 from . import adapters as peft_adapters
 from .attachment import Attachment
@@ -132,13 +133,20 @@ def dropped_cache(attachment: Attachment, kwargs: dict[str, Any]) -> SharedLoRAC
         return None
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False:
         return None
-    config = attachment.decoder.config
+    # Other calls without a cache are meant so: classifier-free guidance runs another prompt in the middle of `generate`.
+    config, root = attachment.decoder.config, type(attachment.root)
+    limit = getattr(config, "original_max_position_embeddings", None)
+    if limit is None or root.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+        return None
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    text = next((t.shape[1] for t in (mask, ids) if isinstance(t, torch.Tensor) and t.dim() == 2), 0)
+    if not cache._told_length() <= limit < text:
+        return None
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     if cache.trajectory_length and kinds & {"longrope", "dynamic"}:
         raise UnsupportedModelError(
-            f"{type(attachment.root).__name__} leaves the cache out here: beyond "
-            f"{getattr(config, 'original_max_position_embeddings', 'some number of')} tokens its rotation is another one, and "
-            f"the {cache.trajectory_length} cached tokens were rotated with the first. Go on with an empty cache: cache.reset()"
+            f"{root.__name__} leaves the cache out here: beyond {limit} tokens its rotation is another one, and the "
+            f"{cache.trajectory_length} cached tokens were rotated with the first. Go on with an empty cache: cache.reset()"
         )
     return cache

@@ -305,9 +305,8 @@ def test_capacity_is_judged_and_files_are_merged():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_all_modes_run_on_a_gpu(tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     out = tmp_path / "results.json"
     assert agent_trace.main(["--models", "tiny", "--totals", "300", "--adapters", "r16-qkvo", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())

@@ -133,7 +133,7 @@ def phi3_of_few_positions(**settings):
     return with_adapters(model, {name: lora(**plain) for name in ("one", "two")})
 
 
-def continued(model, cache, prompt, new):
+def continued(model, cache, prompt, new, **settings):
     return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -168,6 +168,13 @@ def test_a_model_that_leaves_the_cache_out(storage):
     # A long prompt on an empty cache.
     cache = SharedLoRACache()
     assert torch.equal(continued(model, cache, text, 5), expected) and cache.trajectory_length == 20
+
+
+def test_other_calls_without_a_cache_are_left_alone():
+    model = attach(phi3_of_few_positions())
+    plain = twin(model)
+    text = continued(model, SharedLoRACache(), tokens(5), 2, guidance_scale=1.5)
+    assert torch.equal(text, continued(plain, transformers.DynamicCache(), tokens(5), 2, guidance_scale=1.5))
 
 
 def test_a_model_whose_rotation_changes_with_the_length():

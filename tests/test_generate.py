@@ -69,6 +69,8 @@ MODES = {
     "prompt_lookup": dict(prompt_lookup_num_tokens=3),
     "chunked_prefill": dict(prefill_chunk_size=5),
     "repetition_penalty": dict(repetition_penalty=1.3),
+    # Runs another prompt without a cache of ours in the middle of `generate`.
+    "guidance": dict(guidance_scale=1.5),
 }
 
 
@@ -113,7 +115,7 @@ def cached(model, n=7, rows=1, **settings):
     return cache
 
 
-ONE_ROW = ["greedy", "sampling", "top_k", "prompt_lookup", "chunked_prefill", "repetition_penalty"]
+ONE_ROW = ["greedy", "sampling", "top_k", "prompt_lookup", "chunked_prefill", "repetition_penalty", "guidance"]
 
 
 @pytest.mark.parametrize("mode", ONE_ROW)
