@@ -32,9 +32,9 @@ from .attachment import (
 )
 from .attention import register_attention
 from .errors import SharedCacheError, UnsupportedModelError
-from .forward import clear_interrupted_pass, run_attention_layer, run_decoder, shared_cache_in
 from .generation import dropped_cache, run_generate
 from .graphs import forget_graphs
+from .run import clear_interrupted_pass, run_attention_layer, run_decoder, shared_cache_in
 from .scopes import layer_scope
 
 # Two threads may use their first cache on one model at the same time.

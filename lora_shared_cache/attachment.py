@@ -1,7 +1,7 @@
 """What is known of an attached model: its decoder, attention layers and adapters, and how a ``forward`` is replaced.
 
 Replaced are instance attributes only, never a class. Who replaces what is in ``attach.py``; what a forward pass does
-with a shared cache is in ``forward.py``.
+with a shared cache is in ``run.py``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .attach import attach, attachment_of
 from .attachment import AdapterWatch, Attachment
 from .buffers import TokenBuffer, WindowBuffer, window_and_margin
 from .errors import SharedCacheError, UnsupportedAdapterError, UnsupportedModelError
-from .forward import NORMS, ForwardPass, enter_from_inside
+from .forward import NORMS, ForwardPass
 from .graphs import DecodeGraphs
 from .invocation import Starts, first_of, invocation_starts
 from .policies import (
@@ -39,6 +39,7 @@ from .policies import (
     sharing_group,
 )
 from .reports import MemoryFootprint
+from .run import enter_from_inside
 from .scopes import forward_scope, generate_scope, layer_scope
 from .storage import SharedCacheBase, SharedLoRALayer, sliding_windows
 from .trajectory import Trajectory

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lora_shared_cache.attention as attention
 from lora_shared_cache import ATTENTION_NAME, SharedLoRACache
-from lora_shared_cache.forward import LayerPass
+from lora_shared_cache.layer_pass import LayerPass
 from lora_shared_cache.scopes import forward_scope
 
 from .tiny import (
@@ -126,10 +126,10 @@ def test_the_low_rank_part_of_values_is_never_expanded(monkeypatch):
     """What the attention is given: base values as they are stored, and (B, T, r) beside them."""
     model = with_adapters(tiny_llama(), ["one"])
     seen = []
-    import lora_shared_cache.forward as forward
+    import lora_shared_cache.layer_pass as layer_pass
 
     for name in ("flash_lora_attention", "flash_lora_attention_reference"):
-        original = getattr(forward, name, None)
+        original = getattr(layer_pass, name, None)
         if original is None:
             continue
 
@@ -137,7 +137,7 @@ def test_the_low_rank_part_of_values_is_never_expanded(monkeypatch):
             seen.append((value, kwargs.get("value_low_rank"), kwargs.get("key_low_rank")))
             return original(query, key, value, **kwargs)
 
-        monkeypatch.setattr(forward, name, watching)
+        monkeypatch.setattr(layer_pass, name, watching)
     cache = SharedLoRACache()
     feed(model, tokens(9), cache, [8, 1])
     assert len(seen) == 6

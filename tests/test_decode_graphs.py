@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from lora_shared_cache import SharedLoRACache, attach, buffers, detach, forward, graphs
+from lora_shared_cache import SharedLoRACache, attach, buffers, detach, graphs, run
 from lora_shared_cache.errors import SharedCacheError
 from lora_shared_cache.scopes import forward_scope
 
@@ -129,14 +129,14 @@ def test_crop_between_turns(device):
 def test_a_few_new_tokens_are_run_as_captured_steps(device, build, sharing, rows, monkeypatch):
     model = model_on(device, build)
     in_steps = []
-    original = forward._run_in_steps
-    monkeypatch.setattr(forward, "_run_in_steps", lambda now, kwargs: in_steps.append(now) or original(now, kwargs))
+    original = run._run_in_steps
+    monkeypatch.setattr(run, "_run_in_steps", lambda now, kwargs: in_steps.append(now) or original(now, kwargs))
     ids = prompt(device, rows=rows, n=12)
     mask = torch.ones_like(ids)
     if rows > 1:
         mask[1, :5] = 0
 
-    def run(cache):
+    def episode(cache):
         text, seen = ids, mask
         for agent in (*AGENTS, *AGENTS, "reflect"):
             model.set_adapter(agent)
@@ -148,9 +148,9 @@ def test_a_few_new_tokens_are_run_as_captured_steps(device, build, sharing, rows
         return text, logits
 
     captured, eager = both(sharing=sharing, max_cache_len=200)
-    expected = run(eager)
+    expected = episode(eager)
     assert not in_steps
-    text, logits = run(captured)
+    text, logits = episode(captured)
     assert torch.equal(text, expected[0])
     torch.testing.assert_close(logits, expected[1], rtol=0, atol=1e-12 if device == "cpu" else 1e-4)
     # One token that is not cached yet and three new ones. Tokens that an agent must run again are run at once.
