@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import torch
 
-# Tokens of unused capacity that growing may leave: large enough that copies are rare, small against a trajectory.
+# Tokens of unused capacity that growing leaves: a 32nd of what is needed, so that slack stays within 5 % of a long trajectory.
+# Copying all tokens every 64 tokens, or every 32nd, is a few percent of what attention reads meanwhile.
+SLACK_PART = 32
 MAX_SLACK = 2048
 MIN_SLACK = 64
+# On CUDA each growth means another capture of a decode step besides.
+MIN_SLACK_ON_CUDA = 256
 # Tokens that a sliding layer keeps besides its window, and as much room again: one copy serves that many decode steps. At
 # least this many, and an eighth of the window.
 MIN_MARGIN = 64
@@ -21,6 +25,11 @@ _allocations = 0
 def allocations() -> int:
     """How often any buffer's storage was replaced: while it stays the same, so do the addresses of all buffers."""
     return _allocations
+
+
+def with_slack(needed: int, at_least: int = MIN_SLACK) -> int:
+    """The capacity that growing storage takes for ``needed`` tokens."""
+    return needed + max(at_least, min(needed // SLACK_PART, MAX_SLACK))
 
 
 def window_and_margin(window: int) -> int:
@@ -157,17 +166,17 @@ class TokenBuffer:
         return self.broadcast_rows and self.data is not None and self.data.shape[0] == 1
 
     def _grow(self, valid: int, needed: int, like: torch.Tensor) -> None:
-        data = self._empty(like, self._capacity_for(needed))
+        data = self._empty(like, self._capacity_for(needed, like.device))
         if self.data is not None and valid:
             data.narrow(self.token_dim, 0, valid).copy_(self.data.narrow(self.token_dim, 0, valid))
         self._replace(data)
 
-    def _capacity_for(self, needed: int) -> int:
+    def _capacity_for(self, needed: int, device: torch.device) -> int:
         if self.max_tokens is not None:
             return self.max_tokens
         if needed <= self.capacity:
             return self.capacity
-        return needed + max(MIN_SLACK, min(needed // 2, MAX_SLACK))
+        return with_slack(needed, MIN_SLACK_ON_CUDA if device.type == "cuda" else MIN_SLACK)
 
     def _empty(self, like: torch.Tensor, capacity: int) -> torch.Tensor:
         shape = list(like.shape)
@@ -256,7 +265,7 @@ class WindowBuffer(TokenBuffer):
             return False
         first = min(max(keep_from, self.start), stop)
         kept = self._window_before(mark, first, position, new)
-        data = self._empty(new, self._capacity_for(stop - first))
+        data = self._empty(new, self._capacity_for(stop - first, new.device))
         data.narrow(self.token_dim, 0, stop - first).copy_(self._tokens(first, stop, position, new))
         self._staged = (first, data, kept)
         return True
@@ -342,12 +351,12 @@ class WindowBuffer(TokenBuffer):
         copy.kept = None if self.kept is None else (self.kept[0], self.kept[1].clone())
         return copy
 
-    def _capacity_for(self, needed: int) -> int:
+    def _capacity_for(self, needed: int, device: torch.device) -> int:
         if needed > self.room:
             return needed + self.keep - self.window  # what crop may be asked to undo
         if self.max_tokens is not None:
             return min(self.room, self.max_tokens)
-        return min(self.room, super()._capacity_for(needed))
+        return min(self.room, super()._capacity_for(needed, device))
 
     def _window_before(
         self, mark: int, first: int, position: int, new: torch.Tensor | None

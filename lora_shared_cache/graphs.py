@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from .attachment import Attachment, call_original
 from .attention import attention_backend
-from .buffers import MAX_SLACK, NotReserved, TokenBuffer, WindowBuffer, allocations
+from .buffers import MIN_SLACK_ON_CUDA, NotReserved, TokenBuffer, WindowBuffer, allocations, with_slack
 from .forward import ForwardPass, Slot
 from .products import DownProducts
 from .scopes import forward_scope
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Growing storage is given more room at once than eager steps give it: each growth means another capture.
-_MIN_ROOM = 512
+# Room that growing storage is given at once.
+_MIN_ROOM = MIN_SLACK_ON_CUDA
 _FIRST_ROOM = 128
 # Captures of one graph that were each used for less than two steps, after which steps are no longer captured.
 _MAX_USELESS_CAPTURES = 8
@@ -387,9 +387,12 @@ class DecodeGraphs:
         limit = self.cache.max_cache_len
         if not buffers:
             return sys.maxsize  # all layers slide, and no positions are needed
-        if min(buffer.capacity for buffer in buffers) < (needed if limit is None else min(needed, limit)):
-            wanted = now.stop + max(_MIN_ROOM, min(now.stop // 2, MAX_SLACK)) if limit is None else limit
-            for buffer in buffers:
+        enough = needed if limit is None else min(needed, limit)
+        if short := [buffer for buffer in buffers if buffer.capacity < enough]:
+            # No more than the others have: other agents' steps were captured for where those are.
+            others = [buffer.capacity for buffer in buffers if buffer.capacity >= enough]
+            wanted = min(others, default=with_slack(now.stop, _MIN_ROOM)) if limit is None else limit
+            for buffer in short:
                 buffer.reserve(wanted)
         return min(buffer.capacity for buffer in buffers)
 
@@ -411,7 +414,7 @@ class DecodeGraphs:
             return None
         needed = now.stop - first
         if any(buffer.capacity < max(needed, min(needed + more, buffer.room)) for buffer in windows):
-            wanted = needed + max(_MIN_ROOM, min(needed // 2, MAX_SLACK))
+            wanted = with_slack(needed, _MIN_ROOM)
             for buffer in windows:
                 buffer.reserve(max(needed, min(wanted, buffer.room)))
         return min(buffer.capacity for buffer in windows)

@@ -218,8 +218,9 @@ class LayerPass:
             pending.append((Entry(("queries", *active), active), now.start))
         if not pending:
             return base
-        key = ("down", x.device, self.layer.layer_idx, which, tuple(entry for entry, _ in pending))
-        plan = now.attachment.cached_weights(key, lambda: _down_plan(module, [entry for entry, _ in pending]))
+        entries = [entry for entry, _ in pending]
+        key = ("down", x.device, self.layer.layer_idx, *entries)
+        plan = now.attachment.cached_weights(key, lambda: _down_plans(self.layer, entries))[which]
         if plan is None:
             return base
         weight, parts = plan
@@ -228,7 +229,9 @@ class LayerPass:
         if now.products is None:
             a = F.linear(x[:, first - now.start :].to(weight.dtype), weight)
         else:
-            a = now.products.down(module, weight, x)
+            # Entries that whoever runs writes for others too are the same products in everybody's steps.
+            common = (len(entries) > 1 or entries[0].shared) and all(entry.rows is None for entry in entries)
+            a = now.products.down(module, weight, x, common and not active)
         if active:
             base = self._add_to_queries(module, active, a[..., a.shape[-1] - parts[-1][0] :], base)
             pending, parts = pending[:-1], parts[:-1]
@@ -669,10 +672,27 @@ class LayerPass:
         return out
 
 
+_Plan = tuple[torch.Tensor, list[tuple[int, bool, RowColumns | None]]]
+
+
+def _down_plans(layer: AttentionLayer, entries: list[Entry]) -> dict[str, _Plan | None]:
+    """For each projection :func:`_down_plan`; A's that had to be stacked, of keys and of values, in one piece of memory."""
+    plans = {which: _down_plan(layer.projection(which), entries) for which in layer.modules}
+    made = {which: plan for which, plan in plans.items() if plan is not None and plan[2]}
+    weights = [weight for weight, *_ in made.values()]
+    if len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1:
+        pieces = torch.cat(weights).split([len(w) for w in weights])
+        made = {which: (piece, *rest) for (which, (_, *rest)), piece in zip(made.items(), pieces, strict=True)}
+    return {which: None if plan is None else made.get(which, plan)[:2] for which, plan in plans.items()}
+
+
 def _down_plan(
     module: Any, entries: list[Entry]
-) -> tuple[torch.Tensor, list[tuple[int, bool, RowColumns | None]]] | None:
-    """The A's of all entries below each other; each entry's columns, whether one of ones follows, and which are each row's."""
+) -> tuple[torch.Tensor, list[tuple[int, bool, RowColumns | None]], bool] | None:
+    """The A's of all entries below each other; each entry's columns, whether one of ones follows, and which are each row's.
+
+    The last says whether the A's were copied for that.
+    """
     weights: list[torch.Tensor] = []
     parts: list[tuple[int, bool, RowColumns | None]] = []
     for entry in entries:
@@ -690,7 +710,9 @@ def _down_plan(
             parts.append((down.weight.shape[0], down.ones, None))
     if not weights:
         return None
-    return weights[0] if len(weights) == 1 else torch.cat([w.to(weights[0].dtype) for w in weights]), parts
+    if len(weights) == 1:
+        return weights[0], parts, False
+    return torch.cat([w.to(weights[0].dtype) for w in weights]), parts, True
 
 
 def _up_projection(

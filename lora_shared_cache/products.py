@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -26,7 +26,8 @@ class DownProducts:
 
     Attributes:
         attachment: keeps weights that are made of several adapters'.
-        groups: by module, the modules that read the same input, in their order, with their weights.
+        groups: by module, the modules that read the same input in one product, in their order, with their weights. What all
+            agents have in common is a product of its own: its weights exist once, not once per agent.
     """
 
     attachment: Attachment
@@ -34,8 +35,9 @@ class DownProducts:
     _stacked: dict[int, tuple[torch.Tensor, list[int]]] = field(default_factory=dict)
     _learned: bool = False
     _input: torch.Tensor | None = None
-    _group: list[tuple[int, torch.Tensor]] = field(default_factory=list)
-    _result: torch.Tensor | None = None
+    _open: dict[bool, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
+    _results: dict[Any, torch.Tensor] = field(default_factory=dict)
+    _common: set[int] = field(default_factory=set)
 
     def finish(self) -> None:
         """The step ended: what it showed is known from here on, and nothing of it is kept alive."""
@@ -46,40 +48,68 @@ class DownProducts:
                 weights = [weight.detach() for _, weight in group]
                 if len(group) > 1 and len({(w.dtype, w.device) for w in weights}) == 1:
                     firsts = [0, *itertools.accumulate(w.shape[0] for w in weights)]
-                    self._stacked[id(group)] = torch.cat(weights), firsts
-        self._input = self._result = None
+                    joint = self._stack_of_all(weights) if id(group) in self._common else stack(weights)
+                    self._stacked[id(group)] = joint, firsts
+        self.restart()
+
+    def _stack_of_all(self, weights: list[torch.Tensor]) -> torch.Tensor:
+        # With the weights themselves, so that their addresses belong to nobody else meanwhile.
+        key = ("stacked", *((w.data_ptr(), w.shape[0]) for w in weights))
+        return cast(torch.Tensor, self.attachment.cached_weights(key, lambda: (stack(weights), weights))[0])
 
     def restart(self) -> None:
         """A step begins."""
-        self._input = self._result = None
+        self._input, self._open, self._results = None, {}, {}
 
-    def down(self, module: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def down(self, module: nn.Module, weight: torch.Tensor, x: torch.Tensor, common: bool = False) -> torch.Tensor:
         """``weight @ x``, together with that of all modules that read the same ``x``.
 
         Args:
             module: who asks; it asks once per step.
             weight: (r, in_features).
             x: (B, 1, in_features), the very tensor that the others were given.
+            common: whether every agent's step asks with this weight.
 
         Returns:
             (B, 1, r) in the dtype of the weight.
         """
         me = id(module)
+        if x is not self._input:
+            self._input, self._open, self._results = x, {}, {}
         if not self._learned:
-            if x is not self._input:
-                self._input, self._group = x, []
-            self._group.append((me, weight))
-            self.groups[me] = self._group
+            group = self.groups[me] = self._open.setdefault(common, [])
+            group.append((me, weight))
+            if common:
+                self._common.add(id(group))
             return F.linear(x.to(weight.dtype), weight)
         group = self.groups.get(me, [])
         stacked = self._stacked.get(id(group))
         if stacked is None:
-            return F.linear(x.to(weight.dtype), weight)
+            return F.linear(self._cast(x, weight.dtype), weight)
         joint, firsts = stacked
-        if x is not self._input or self._result is None or group is not self._group:
-            self._input, self._group, self._result = x, group, F.linear(x.to(joint.dtype), joint)
+        if id(group) not in self._results:
+            self._results[id(group)] = F.linear(self._cast(x, joint.dtype), joint)
         position = [other for other, _ in group].index(me)
-        return self._result[..., firsts[position] : firsts[position + 1]]
+        return self._results[id(group)][..., firsts[position] : firsts[position + 1]]
+
+    def _cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if x.dtype == dtype:
+            return x
+        if dtype not in self._results:
+            self._results[dtype] = x.to(dtype)
+        return self._results[dtype]
+
+
+def stack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(r, in) weights below each other, in one tensor; in their own memory where they lie there like that."""
+    first, rows = weights[0], 0
+    for weight in weights:
+        at = first.storage_offset() + rows * first.stride(0)
+        beside = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and weight.is_contiguous()
+        if not (beside and weight.storage_offset() == at and weight.shape[1:] == first.shape[1:]):
+            return torch.cat([*weights])
+        rows += weight.shape[0]
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 # Classes of a layer and its base, and no subclasses of them: those compute something else.

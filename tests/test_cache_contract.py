@@ -289,12 +289,12 @@ def test_max_cache_len_allocates_once():
 def test_slack_is_bounded(length):
     buffer = TokenBuffer(-2)
     buffer.write(0, torch.zeros(1, 1, length, 1))
-    assert length <= buffer.capacity <= length + min(max(MIN_SLACK, length // 2), MAX_SLACK)
-    assert MAX_SLACK <= 2048
+    assert length <= buffer.capacity <= length + min(max(MIN_SLACK, length // 32), MAX_SLACK)
+    assert MAX_SLACK <= 2048 and MIN_SLACK <= 64
 
 
 def test_growing_copies_rarely(monkeypatch):
-    """One token at a time: the bytes that are copied stay a small multiple of what is stored."""
+    """One token at a time: beside what attention reads meanwhile, what growing copies is little."""
     copied = 0
     original = torch.Tensor.copy_
 
@@ -309,8 +309,8 @@ def test_growing_copies_rarely(monkeypatch):
     token = torch.zeros(1, 2, 1, 4)
     for position in range(n):
         buffer.write(position, token)
-    # Growth by half until 4k tokens: less than two copies of each token, and the token itself.
-    assert n * 8 <= copied <= 4 * n * 8
+    read = 8 * n * (n + 1) // 2
+    assert n * 8 <= copied <= n * 8 + read // 32
 
 
 @pytest.mark.parametrize("sharing", POLICIES)

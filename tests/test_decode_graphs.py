@@ -97,6 +97,26 @@ def test_two_hundred_tokens_of_three_adapters_in_turn(device, sharing, max_cache
     assert graphs.CudaGraph.captures == 3
 
 
+@pytest.mark.parametrize("sharing", ["lr_precomputed", "base_shared"])
+def test_joined_down_projections_that_all_agents_need_exist_once(device, sharing):
+    model = model_on(device)
+    captured, _ = both(sharing=sharing)
+    turns(model, captured, prompt(device), AGENTS * 2)
+    steps = list(captured._graphs._steps.values())
+    assert len(steps) == 3
+    attention = model.get_base_model().model.layers[0].self_attn
+    groups = [step.products.groups for step in steps]
+    k, v, q = (id(getattr(attention, name)) for name in ("k_proj", "v_proj", "q_proj"))
+    joined = [step.products._stacked[id(g[k])][0] for step, g in zip(steps, groups, strict=True)]
+    assert all(g[k] is g[v] for g in groups)
+    assert all((g[q] is g[k]) == (sharing == "base_shared") for g in groups)
+    assert len({weight.data_ptr() for weight in joined}) == (1 if sharing == "lr_precomputed" else 3)
+    if sharing == "lr_precomputed":
+        # Not a copy of what passes of several tokens multiply with, either.
+        apart = {weight.untyped_storage().data_ptr() for _, weight in groups[0][k]}
+        assert apart == {joined[0].untyped_storage().data_ptr()}
+
+
 def test_storage_that_grows_is_captured_again(device, monkeypatch):
     monkeypatch.setattr(graphs, "_MIN_ROOM", 16)
     monkeypatch.setattr(graphs, "_FIRST_ROOM", 0)
