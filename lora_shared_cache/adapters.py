@@ -218,9 +218,14 @@ def alora_offsets_argument(lora_layers: Iterable[tuple[str, Any]]) -> list[int |
     return None
 
 
-def remove_left_hooks(lora_layers: Iterable[tuple[str, Any]]) -> None:
-    """Remove the hooks of ``adapter_names=`` and aLoRA that PEFT leaves on its layers when a forward pass raises."""
-    for _, module in lora_layers:
+def remove_left_hooks(model: nn.Module) -> None:
+    """Remove the hooks of ``adapter_names=`` and aLoRA that PEFT leaves on its layers when a forward pass raises.
+
+    ``modules_to_save`` has them too.
+    """
+    for module in model.modules():
+        if not isinstance(module, LoraLayer | AuxiliaryTrainingWrapper):
+            continue
         for key, hook in list(module._forward_pre_hooks.items()):
             function = getattr(hook, "func", None)
             if getattr(function, "__name__", "") in _PEFT_HOOKS:

@@ -276,6 +276,9 @@ class SharedLoRACache(SharedCacheBase):
             known = ", ".join(map(repr, sorted({*loaded, *self._identities}))) or "none"
             raise SharedCacheError(f"drop_adapter: no adapter {name!r}; known are {known}")
         self._drop_entries(name)
+        if name not in self._first_token:
+            # Of who processed tokens the content stays known: should it change, those tokens are of weights that are gone.
+            self._identities.pop(name, None)
 
     # ---- the contract of Cache -------------------------------------------------------------------------------------
 
@@ -353,6 +356,8 @@ class SharedLoRACache(SharedCacheBase):
             ValueError: positive, more tokens than there are, or back to where a sliding layer no longer holds the window.
         """
         self._not_while_running("crop")
+        # Assisted decoding brings a tensor (Transformers 5.17); lengths are the host's.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise SharedCacheError(
                 f"crop({tokens_to_remove}): pass the negative number of tokens to remove, e.g. crop(-{tokens_to_remove})"
@@ -699,18 +704,22 @@ class SharedLoRACache(SharedCacheBase):
             if name not in loaded:
                 # The agent has left: what it processed stays, its entries are of no use.
                 self._drop_entries(name)
+                self._forget_adapter(name)
             elif contents[name] != identity:
                 first = self._first_token.get(name, self.trajectory_length)
                 self._drop_entries(name)
+                self._forget_adapter(name)
                 # Keys and values of tokens that it processed, and of all that attended to them, are those of weights that
                 # no longer exist.
                 first = min(first, self.trajectory_length)
                 # Where the window before it is gone, nothing of the trajectory can be gone on from.
                 self._truncate(first if self._can_go_back(first) else 0)
 
-    def _drop_entries(self, name: str) -> None:
+    def _forget_adapter(self, name: str) -> None:
         self._identities.pop(name, None)
         self._first_token.pop(name, None)
+
+    def _drop_entries(self, name: str) -> None:
         gone = [key for key in self._coverage if name in key]
         if self._policy is not None and self._policy.group == (name,):
             gone.append(SHARED_ENTRY)

@@ -7,6 +7,7 @@ what is left can be seen. Here the whole prompt is still there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,13 +36,18 @@ def run_generate(
     """
     cache._bind(attachment)
     try:
+        if _setting(attachment, args, kwargs, "cache_implementation") == "paged":
+            raise UnsupportedModelError(
+                "cache_implementation='paged' is continuous batching, which has a cache of its own and would leave the "
+                "SharedLoRACache out. Leave out one of the two; batches whose rows have different adapters: adapter_names="
+            )
         _find_invocations(attachment, cache, args, kwargs)
         limit, length = _check_prompt(attachment, cache, args, kwargs)
         with cache._prompt(length, limit):
             return original(*args, **kwargs)
     except BaseException:
         # PEFT leaves its own behind, and they would say what the next call's rows are.
-        peft_adapters.remove_left_hooks(attachment.lora_layers)
+        peft_adapters.remove_left_hooks(attachment.root)
         raise
     finally:
         cache._prompt_invocations = None
@@ -70,6 +76,15 @@ def _inputs(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
     return next((value for value in given if value is not None), None)
 
 
+def _setting(attachment: Attachment, args: tuple, kwargs: dict[str, Any], name: str) -> Any:
+    """A setting of ``generate``, given or from the configuration in force."""
+    config = (
+        kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or attachment.root.generation_config
+    )
+    value = kwargs.get(name)
+    return value if value is not None else getattr(config, name, None)
+
+
 def _check_prompt(
     attachment: Attachment, cache: SharedLoRACache, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[int | None, int]:
@@ -77,14 +92,7 @@ def _check_prompt(
     if cache.trajectory_length == 0:
         return None, 0
     inputs = _inputs(args, kwargs)
-    config = (
-        kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or attachment.root.generation_config
-    )
-
-    def setting(name: str) -> Any:
-        value = kwargs.get(name)
-        return value if value is not None else getattr(config, name, None)
-
+    setting = partial(_setting, attachment, args, kwargs)
     if inputs is None:
         raise TrajectoryError(
             f"generate was called without a prompt, but the cache holds {cache.trajectory_length} tokens. Pass the whole "
@@ -98,6 +106,13 @@ def _check_prompt(
     mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
     columns = n if mask is None else mask.shape[1]
     length = cache.trajectory_length
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is not None and embeds.shape[1] != columns:
+        # `generate` cuts them by the number of cached tokens, whatever the mask says.
+        raise TrajectoryError(
+            f"inputs_embeds has {embeds.shape[1]} tokens for a text of {columns}; generate takes embeddings of the whole "
+            "trajectory only. Pass all of them, or the new tokens as input_ids with the attention_mask over the whole"
+        )
     assisted = any(setting(name) for name in _ASSISTED)
     if columns == n:
         # The whole trajectory, as ids. Only a prefix of it was seen by this adapter; all of it is checked.

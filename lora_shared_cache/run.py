@@ -60,7 +60,7 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
             )
     except BaseException:
         if now.entered_from_inside:
-            peft_adapters.remove_left_hooks(now.attachment.lora_layers)
+            peft_adapters.remove_left_hooks(now.attachment.root)
             _leave_from_inside(now)
         raise
     if now.entered_from_inside and layer.layer_idx == len(now.attachment.layers) - 1:
@@ -86,7 +86,7 @@ def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str
             finally:
                 attachment.leave()
         except BaseException:
-            peft_adapters.remove_left_hooks(attachment.lora_layers)
+            peft_adapters.remove_left_hooks(attachment.root)
             raise
     return out
 
@@ -138,7 +138,7 @@ def enter_from_inside(attachment: Attachment, cache: SharedLoRACache, frame_loca
     try:
         now, _ = begin(attachment, cache, kwargs)
     except BaseException:
-        peft_adapters.remove_left_hooks(attachment.lora_layers)
+        peft_adapters.remove_left_hooks(attachment.root)
         raise
     now.entered_from_inside = True
     attachment.enter()

@@ -80,7 +80,7 @@ class Trajectory:
             return
         recorded = self._ids.view(stop, start)
         given = ids[:, : stop - start].to(recorded.device)
-        differs = (recorded != given) & (recorded != UNKNOWN_TOKEN)
+        differs = (recorded != given) & (recorded != UNKNOWN_TOKEN) & (given != UNKNOWN_TOKEN)
         columns = differs.any(dim=0)
         if not bool(columns.any()):
             return

@@ -318,6 +318,25 @@ def test_a_change_of_the_a_of_the_one_that_stands_for_the_group(first):
 
 
 @pytest.mark.parametrize("sharing", POLICIES)
+def test_a_dropped_adapter_that_changes_is_noticed(sharing, tmp_path):
+    """Its entries are gone; the base K/V of tokens that it processed are still those of its former weights."""
+    model = agents_model()
+    policy = "base_lr_shared" if sharing == "auto" else sharing
+    cache, ids = SharedLoRACache(sharing=sharing), tokens(20)
+    for name, stop in [("plan", 5), ("act", 9), ("plan", 12)]:
+        take_turn(model, cache, name, ids[:, :stop])
+    cache.drop_adapter("act")
+    assert cache.trajectory_length == 12
+    train(model, tmp_path)
+    oracle = LlamaOracle(model, policy, NAMES)
+    oracle.turn(("plan",), ids[0, :5].tolist())
+    oracle.forget("act")
+    for name, stop in [("plan", 14), ("act", 16)]:
+        expected = oracle.turn(agent_of(name), ids[0, :stop].tolist())
+        assert_equal_logits(take_turn(model, cache, name, ids[:, :stop])[-len(expected) :], expected)
+
+
+@pytest.mark.parametrize("sharing", POLICIES)
 def test_a_deleted_adapter_leaves_its_tokens_and_takes_its_entries(sharing):
     model = agents_model()
     policy = "base_lr_shared" if sharing == "auto" else sharing

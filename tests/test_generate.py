@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from lora_shared_cache import SharedLoRACache, TrajectoryError
+from lora_shared_cache import SharedLoRACache, TrajectoryError, attach
 
 from .tiny import (
     TokenCounter,
@@ -303,6 +303,7 @@ def test_assisted_decoding_with_a_draft_model(known):
     # What was drafted and rejected is gone.
     n = cache.trajectory_length
     assert torch.equal(cache.token_ids, ours.sequences[:, :n]) and n <= 12 + NEW
+    assert type(n) is int  # Transformers 5.17 crops by a tensor
 
 
 def test_streamers_see_every_token():
@@ -335,6 +336,21 @@ def test_a_generation_config_is_read_too():
     assert torch.equal(ours, plain.generate(input_ids=prompt(), **settings))
 
 
+@pytest.mark.parametrize("implementation", ["static", "paged"])
+@pytest.mark.parametrize("known", [0, 7])
+def test_another_cache_asked_for_by_name_is_refused(known, implementation):
+    """Paged is continuous batching: Transformers would leave the shared cache out and say nothing."""
+    model, plain = one_agent()
+    attach(model)
+    cache = cached(model, known) if known else SharedLoRACache()
+    with pytest.raises(
+        ValueError, match="paged.* is continuous batching" if implementation == "paged" else "one of the two"
+    ):
+        generate(model, prompt(), cache, cache_implementation=implementation)
+    assert cache.trajectory_length == known
+    assert_same(generate(model, prompt(), cache), generate(plain, prompt()))
+
+
 def test_prompt_given_as_inputs_or_positionally():
     model, plain = one_agent()
     theirs = generate(plain, prompt()).sequences
@@ -346,7 +362,7 @@ def test_prompt_given_as_inputs_or_positionally():
         )
 
 
-@pytest.mark.parametrize("known", [0, 7])
+@pytest.mark.parametrize("known", [0, 7, 12])
 def test_inputs_embeds(known):
     model, plain = one_agent()
     embed = model.get_input_embeddings()
@@ -354,6 +370,10 @@ def test_inputs_embeds(known):
     with torch.no_grad():
         theirs = plain.generate(inputs_embeds=embed(prompt()), **settings)
         cache = cached(model, known) if known else SharedLoRACache()
+        if known == 7:
+            # generate would cut these by what is cached once more, and go on at wrong positions.
+            with pytest.raises(TrajectoryError, match="inputs_embeds has 5 tokens for a text of 12"):
+                model.generate(inputs_embeds=embed(prompt()[:, 7:]), past_key_values=cache, **settings)
         ours = model.generate(inputs_embeds=embed(prompt()), past_key_values=cache, **settings)
     assert torch.equal(ours, theirs)
 

@@ -253,6 +253,22 @@ def test_what_peft_refuses_is_refused_and_leaves_nothing_behind():
         assert_equal_logits(logits(model, ids, SharedLoRACache(), adapter_names=names), base)
 
 
+def test_an_output_embedding_of_each_adapter():
+    """``modules_to_save`` of the output embedding is allowed; PEFT's hooks on it go too when a call raises."""
+    configs = {"plan": lora(modules_to_save=["lm_head"]), "act": lora(modules_to_save=["lm_head"])}
+    model = with_adapters(tiny_llama(), configs)
+    head, names, ids = model.get_base_model().lm_head, ["plan", "act", "__base__"], tokens(7, rows=3)
+    for saved in head.modules_to_save.values():
+        saved.weight.data.mul_(torch.rand(64, 1, dtype=torch.float64))
+    expected, cache = RowsAlone(twin(model), names).feed(ids), SharedLoRACache()
+    assert_equal_logits(logits(model, ids, cache, adapter_names=names), expected)
+    with pytest.raises(TrajectoryError, match="contradicts"):
+        generate(model, ids + 1, cache, adapter_names=names)
+    assert not head._forward_pre_hooks
+    activate(model, "act")
+    assert_equal_logits(logits(model, ids[1:2], SharedLoRACache()), expected[1:2])
+
+
 @pytest.mark.parametrize("sharing", POLICIES)
 def test_models_that_normalise_keys(sharing, storage):
     """The two numbers per key are those of each row's adapter."""
