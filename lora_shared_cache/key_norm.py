@@ -6,8 +6,14 @@ With u the output of ``k_proj`` without adapters, Delta = B a the adapter's part
     RoPE(g * (u + Delta)) / s(u + Delta) = gain * K_base + delta_gain * RoPE((g * B) a)
 
 with ``gain = s(u) / s(u + Delta)`` and ``delta_gain = 1 / s(u + Delta)``: two numbers per token and head, everything else
-as without a norm (DESIGN 5). They are kept in float32; in bfloat16 they would cost 3 % of a key. A norm without weights after the
-rotation (Llama4, nanochat) is the same with s of rotated keys; weights after a rotation do not commute with it.
+as without a norm (DESIGN 5). They are kept in float32; in bfloat16 they would cost 3 % of a key.
+
+A bias b of the norm (Persimmon, Phi) adds ``(1 - gain) RoPE(b)``, which is ``delta_gain * RoPE(shift * b)`` with
+``shift = s(u + Delta) - s(u)``: one more low-rank entry per head (one in all where all heads are normalised together), whose
+row of the up-projection is b.
+
+A norm after the rotation (Llama4, nanochat, Hunyuan) is the same with s of rotated keys. Its weights don't commute with the
+rotation and are applied to the rotated low-rank part: ``gain * K_base + delta_gain * g * RoPE(B a)``.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class KeyNorm:
-    """A norm of keys: ``weight * u / sqrt(mean(u^2) + eps)``, of u less its mean if it is a LayerNorm.
+    """A norm of keys: ``weight * u / sqrt(mean(u^2) + eps) + bias``, of u less its mean if it is a LayerNorm.
 
     Attributes:
         weight: (Hk or 1, D).
@@ -35,6 +41,9 @@ class KeyNorm:
         per_head: every head is normalised by itself, not all of them together.
         centred: the mean is taken away first.
         after_rotation: it is applied to rotated keys.
+        bias: (Hk or 1, D), or None: it has none. Only of a norm before the rotation.
+        rotated_weight: (Hk, D), weights that rotated keys are multiplied with, of a norm after the rotation; ``weight`` is
+            ones then. None: ``weight`` is all there is, and commutes with the rotation.
     """
 
     weight: torch.Tensor
@@ -42,6 +51,8 @@ class KeyNorm:
     per_head: bool = True
     centred: bool = False
     after_rotation: bool = False
+    bias: torch.Tensor | None = None
+    rotated_weight: torch.Tensor | None = None
 
     @property
     def head_dim(self) -> int:
@@ -51,7 +62,11 @@ class KeyNorm:
     def is_of_the_kind_of(self, other: KeyNorm) -> bool:
         """Whether only the weights may differ."""
         mine, others = (
-            (norm.eps, norm.per_head, norm.centred, norm.after_rotation, norm.head_dim) for norm in (self, other)
+            (
+                *(norm.eps, norm.per_head, norm.centred, norm.after_rotation, norm.head_dim),
+                *(norm.bias is None, norm.rotated_weight is None),
+            )
+            for norm in (self, other)
         )
         return mine == others
 
@@ -71,9 +86,23 @@ class KeyNorm:
             up = up - up.mean((-1,) if self.per_head else (-3, -1), keepdim=True)
         return up * self.weight.to(up.dtype)[:, None]
 
+    def with_bias(self, up: torch.Tensor) -> torch.Tensor:
+        """Up-projections (..., Hk, r, D), and as further rows what the shifts are multiplied with: (..., Hk, r + shifts, D)."""
+        if self.bias is None:
+            return up
+        heads = up.shape[-3]
+        rows = self.bias.to(up.dtype).expand(heads, -1)[:, None]
+        if self.per_head:
+            # Each head reads the shift of its own.
+            rows = torch.eye(heads, dtype=up.dtype, device=up.device)[..., None] * rows
+        return torch.cat((up, rows.expand(*up.shape[:-3], -1, -1, -1)), dim=-2)
+
     def __call__(self, u: torch.Tensor) -> torch.Tensor:
-        """The norm itself, of (B, Hk, n, D)."""
-        return self.scaled(u) / self.rms(u).to(u.dtype)
+        """The norm itself, of (B, Hk, n, D); rotated keys for a norm after the rotation."""
+        out = self.scaled(u) / self.rms(u).to(u.dtype)
+        if self.rotated_weight is not None:
+            out = out * self.rotated_weight.to(u.dtype)[:, None]
+        return out if self.bias is None else out + self.bias.to(u.dtype)[:, None]
 
 
 def _norm_of(attention: Any) -> nn.Module | None:
@@ -122,9 +151,15 @@ def find_key_norms(attention: Any, heads: int, head_dim: int, device: torch.devi
                 norm for norm in _explanations(x.double(), out, eps, dtype) if not any(_equal(norm, f) for f in found)
             ]
     for norm_before in list(found):
-        uniform = bool((norm_before.weight == norm_before.weight[0, 0]).all())
-        if uniform and not norm_before.centred:
+        weight = norm_before.weight
+        if norm_before.centred or norm_before.bias is not None:
+            continue  # neither commutes with a rotation
+        if bool((weight == weight[0, 0]).all()):
             found.append(replace(norm_before, after_rotation=True))
+        else:
+            of_heads = weight.expand(heads, -1).contiguous()
+            ones = torch.ones_like(weight)
+            found.append(replace(norm_before, after_rotation=True, weight=ones, rotated_weight=of_heads))
     return found
 
 
@@ -141,21 +176,37 @@ def _all_heads(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _explanations(x: torch.Tensor, out: torch.Tensor, eps: float, dtype: torch.dtype) -> list[KeyNorm]:
-    """Norms that make ``out`` of ``x``, both (1, Hk, n, D) float64; the weight is fitted to all tokens."""
+    """Norms that make ``out`` of ``x``, both (1, Hk, n, D) float64; weight and bias are fitted to all tokens."""
     found = []
     for per_head in (True, False):
         for centred in (False, True):
             plain = KeyNorm(x.new_ones(1, x.shape[-1]), eps, per_head, centred)(x)
-            weight = (plain * out).sum((0, 2)) / plain.square().sum((0, 2))  # (Hk, D)
-            if bool(((plain * weight[:, None] - out).abs() <= _TOLERANCE * out.abs().max()).all()):
-                if bool((weight - weight[:1]).abs().max() <= _TOLERANCE * weight.abs().max()):
-                    weight = weight.mean(0, keepdim=True)
+            plain_mean, out_mean = (t.mean((0, 2)) for t in (plain, out))  # (Hk, D)
+            deviation = plain - plain_mean[:, None]
+            weight = (deviation * out).sum((0, 2)) / deviation.square().sum((0, 2))
+            bias = out_mean - weight * plain_mean
+            if bool(((weight[:, None] * plain + bias[:, None] - out).abs() <= _TOLERANCE * out.abs().max()).all()):
+                largest = weight.abs().max()
+                has_bias = bool(bias.abs().max() > 0.1 * _TOLERANCE * largest)
+                weight, bias = (_common(t, _TOLERANCE * largest) for t in (weight, bias))
                 if bool((weight - 1).abs().max() <= _TOLERANCE):
                     weight = torch.ones_like(weight)  # it has none
-                found.append(KeyNorm(weight.to(dtype), eps, per_head, centred))
+                found.append(
+                    KeyNorm(weight.to(dtype), eps, per_head, centred, bias=bias.to(dtype) if has_bias else None)
+                )
     return found
+
+
+def _common(numbers: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
+    """(Hk, D) as one row (1, D) where all heads have the same."""
+    same = bool((numbers - numbers[:1]).abs().max() <= tolerance)
+    return numbers.mean(0, keepdim=True) if same else numbers
 
 
 def _equal(one: KeyNorm, other: KeyNorm) -> bool:
     same = (one.per_head, one.centred, one.weight.shape) == (other.per_head, other.centred, other.weight.shape)
-    return same and bool(torch.allclose(one.weight, other.weight, rtol=_TOLERANCE))
+    if not same or not torch.allclose(one.weight, other.weight, rtol=_TOLERANCE):
+        return False
+    if one.bias is None or other.bias is None:
+        return one.bias is other.bias
+    return one.bias.shape == other.bias.shape and torch.allclose(one.bias, other.bias, rtol=_TOLERANCE, atol=_TOLERANCE)

@@ -327,7 +327,7 @@ class LayerPass:
         return norm.rms(keys)
 
     def _write_gains(self, module: Any, base: torch.Tensor, norm: KeyNorm) -> None:
-        """The two numbers per key of each adapter whose entries are written, from what ``k_proj`` gives (B, n, Hk * D)."""
+        """The numbers per key of each adapter whose entries are written, from what ``k_proj`` gives (B, n, Hk * D)."""
         now, storage = self.forward_pass, self.storage
         own = self._rms(norm, base, 0)
         known = now.start if now.slot is not None else now.cache._rope_length.get(NORMS, 0)
@@ -361,10 +361,15 @@ class LayerPass:
                 up = up_of_rows(self._ups_of_rows("k_proj", module), self._index_of_rows(base.device))
             delta = (a[:, None].to(up.dtype) @ up).transpose(1, 2).flatten(2)
             adapted = self._rms(norm, base[:, start - now.start :].to(up.dtype) + delta, start - now.start)
-            gains = dict(gain=shared[:, :, start - now.start :] / adapted, delta_gain=1 / adapted)
+            of_base = shared[:, :, start - now.start :]
+            gains = dict(gain=of_base / adapted, delta_gain=1 / adapted)
             # Without an adapter the key is the base's.
             self._fill(entry, "gain", gains["gain"], 1.0)
             self._fill(entry, "delta_gain", gains["gain"], 0.0)
+            if norm.bias is not None:
+                shift = (adapted - of_base).squeeze(-1).transpose(1, 2)
+                gains["shift"] = shift.to(now.cache.low_rank_dtype or base.dtype)
+                self._fill(entry, "shift", gains["shift"], 0.0)
             for which, numbers in gains.items():
                 if now.slot is None:
                     self._take(entry, which, start, numbers)
@@ -465,15 +470,22 @@ class LayerPass:
         if backend is None and not query.is_cuda:
             backend = "reference"
         gain = delta_gain = None
-        if key_low_rank is not None and layout.key_norm is not None:
-            gain, delta_gain = (self._gains(which, key.shape[1]) for which in ("gain", "delta_gain"))
+        norm = layout.key_norm
+        if key_low_rank is not None and key_up is not None and norm is not None:
+            key_low_rank, key_up = self._with_shifts(key_low_rank, key_up, norm)
+            gain, delta_gain = (
+                self._numbers_of_norm(which, 1.0).squeeze(-1).expand(-1, key.shape[1], -1)
+                for which in ("gain", "delta_gain")
+            )
         keeps_expanded = backend == "reference" and query.device.type == "cpu" and slot is None
         if key_low_rank is not None and key_up is not None and keeps_expanded:
             # Expanding is a matrix product over all tokens; on the CPU the agent's expanded keys are kept and appended to.
             up = key_up if index is None else up_of_rows(key_up, index)
             key = self._expanded_keys(key, key_low_rank, up, gain, delta_gain)
             key_low_rank = key_up = gain = delta_gain = None
-        cos = sin = None
+        cos = sin = weight = None
+        if key_low_rank is not None and norm is not None:
+            weight = norm.rotated_weight
         if key_low_rank is not None and layout.rotary_dim:
             cos, sin = self._rope()
         if backend == "reference":
@@ -495,6 +507,7 @@ class LayerPass:
             rotary_interleaved=layout.interleaved,
             key_gain=gain,
             key_delta_gain=delta_gain,
+            key_delta_weight=weight,
             key_length=None if slot is None else slot.length,
             **kwargs,
         )
@@ -589,19 +602,30 @@ class LayerPass:
 
         return cast(torch.Tensor, self.forward_pass.attachment.cached_weights(key, compute))
 
-    def _gains(self, which: str, heads: int) -> torch.Tensor:
-        """The agent's "gain" or "delta_gain" (B, Hk, T) of keys; there is one adapter, or one entry for several."""
+    def _numbers_of_norm(self, which: str, none: float) -> torch.Tensor:
+        """The agent's "gain" or "delta_gain" (B, Hk or 1, T, 1), or its "shift" (B, T, Hk or 1); there is one adapter, or one
+        entry for several. Rows without an adapter, which read the base key as it is, have ``none``."""
         now = self.forward_pass
         module = self.layer.projection("k_proj")
         if rows_of(now.agent) is not None:
-            # Rows without an adapter read the base key as it is.
             sources = self._sources_of_rows(module, lambda entry: not entry.shared)
             parts = [(self._entries(entry.key, which), rows) for entry, rows in sources]
-            return join_rows(parts, 1, fill=1.0).squeeze(-1).expand(-1, heads, -1)
+            return join_rows(parts, parts[0][0].shape[-1], fill=none)
         for entry, names in now.readers:
             if not entry.shared and peft_adapters.names_on(module, names):
-                return self._entries(entry.key, which).squeeze(-1).expand(-1, heads, -1)
+                return self._entries(entry.key, which)
         raise RuntimeError(f"{self.layer.name}: nobody computed the norms of its keys")
+
+    def _with_shifts(
+        self, low_rank: torch.Tensor, up: torch.Tensor, norm: KeyNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entries (B, T, r) and up-projections ([n,] Hk, r, D) of keys, and behind them those of the norm's bias."""
+        if norm.bias is None:
+            return low_rank, up
+        now = self.forward_pass
+        key = ("with bias", up.device, self.layer.layer_idx, now.agent, tuple(now.readers))
+        shift = self._numbers_of_norm("shift", 0.0).to(low_rank.dtype)
+        return torch.cat((low_rank, shift), dim=-1), now.attachment.cached_weights(key, partial(norm.with_bias, up))
 
     def _rope(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos/sin of the tokens that the layer reads."""
@@ -658,6 +682,8 @@ class LayerPass:
         if layout.rotary_dim:
             cos, sin = (t[:, start - first :].to(up.dtype) for t in self._rope())
             delta = layout.rotate(delta, cos, sin)
+        if layout.key_norm is not None and layout.key_norm.rotated_weight is not None:
+            delta = delta * layout.key_norm.rotated_weight.to(delta.dtype)[:, None]
         if gain is not None and delta_gain is not None:
             base = base * gain[:, :, start - first :, None]
             delta = delta * delta_gain[:, :, start - first :, None]

@@ -26,8 +26,8 @@ from .storage import SharedCacheBase
 _PROBE_SCALES = (1.0, 30.0, 1000.0)
 _PROBE_TOKENS = len(_PROBE_SCALES)
 # Relative to the largest entry of the expected delta, per token. The probe runs in float32; a layer that takes nothing but its
-# own 16 bits (nn.LayerNorm for keys) is tried in those, where roundings are 4e-3 of a key.
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+# own dtype (nn.LayerNorm for keys) is tried in that; in 16 bits roundings are 4e-3 of a key.
+_PROBE_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +171,7 @@ def find_layout(
         return _find_layout(name, forward, kwargs, sources, widths, key_norms, torch.float32)
     except _NotTried:
         dtype = kwargs["hidden_states"].dtype
-        if dtype not in (torch.float16, torch.bfloat16):
+        if dtype not in _PROBE_TOLERANCE or dtype == torch.float32:
             raise
         return _find_layout(name, forward, kwargs, sources, widths, key_norms, dtype)
 
@@ -291,18 +291,24 @@ def _find_layout(
                 if norm is None:
                     expected, difference = rotate(delta_heads), after[0] - before[0]
                 else:
-                    # gain * K_base + delta_gain * RoPE(g * delta), as the low-rank part will be applied
+                    # gain * K_base + delta_gain * RoPE(g * delta + shift * b), as the low-rank part will be applied
                     u, v = (rotate(x) if norm.after_rotation else x for x in (own_heads, own_heads + delta_heads))
                     s_base, s_adapted = norm.rms(u).to(u.dtype), norm.rms(v).to(u.dtype)
                     difference = after[0] - before[0] * (s_base / s_adapted)
-                    expected = rotate(norm.scaled(delta_heads)) / s_adapted
+                    added = norm.scaled(delta_heads)
+                    if norm.bias is not None:
+                        added = added + (s_adapted - s_base) * norm.bias.to(added)[:, None]
+                    expected = rotate(added) / s_adapted
+                    if norm.rotated_weight is not None:
+                        expected = expected * norm.rotated_weight.to(expected)[:, None]
                 if explains(expected, difference):
                     if columns is not None:
                         _check_query(name, fused, columns, base, delta, run, dtype)
                     return replace(layout, key_norm=norm, head_dim=head_dim, key_heads=key_heads, fused=columns)
     raise UnsupportedModelError(
-        f"{name}: its keys are not k_proj's output plus a rotation (are they scaled or clipped, or normalised with a bias, or "
-        "after the rotation with weights?), so an adapter on k_proj has no low-rank form here. Adapters without k_proj work"
+        f"{name}: its keys are not k_proj's output plus a rotation (are they scaled or clipped, or normalised otherwise than by "
+        "an RMS norm or, before the rotation, a LayerNorm?), so an adapter on k_proj has no low-rank form here. Adapters without "
+        "k_proj work"
     )
 
 

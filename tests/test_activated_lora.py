@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from lora_shared_cache import SharedLoRACache, TrajectoryError, UnsupportedAdapterError
 
-from .test_families import build
+from .test_families import FAMILIES, build
 from .tiny import (
     TokenCounter,
     activate,
@@ -158,9 +158,9 @@ def test_however_the_tokens_come(how):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Phi with norms", "HunYuanDenseV1"])
 def test_rows_padding_and_normalised_keys(family):
-    model = agents_model(build(family, torch.float64))
+    model = agents_model(build(family, torch.float64, **FAMILIES.get(family, {})))
     ids, mask = text(16, rows=3), torch.ones(3, 16, dtype=torch.long)
     ids[0, 9:11] = ids[1, 13:15] = torch.tensor(INVOCATIONS["check"])  # and none in row 2
     ids[1, :2], mask[1, :2] = 0, 0

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*:Run
 N = 14
 # Float32 through two or three layers, logits of a few units.
 ROUNDING = 5e-5
-KV = dict(target_modules=["q_proj", "k_proj", "v_proj"])
+KV = dict(target_modules=["q_proj", "k_proj", "v_proj", "query_key_value"])
 
 
 def build(name, dtype=torch.float32, **settings):
@@ -76,7 +76,13 @@ FAMILIES = {
     # LayerNorms: a module per head, weights of all heads
     "StableLm with norms": dict(head_dim="absent", qk_layernorm=True),
     "Cohere with norms": dict(head_dim="absent", use_qk_norm=True),
-    # Normalised after the rotation, without weights; rotated the other way, and as complex numbers
+    # LayerNorms with a bias; in a fused projection
+    "Phi with norms": dict(head_dim="absent", qk_layernorm=True),
+    "Persimmon": dict(head_dim="absent", num_key_value_heads="absent", qk_layernorm=True),
+    # Normalised after the rotation, with weights
+    "HunYuanDenseV1": dict(),
+    "HunYuanMoEV1": dict(num_experts=2, moe_topk=1, moe_intermediate_size=16),
+    # and without; rotated the other way, and as complex numbers
     "NanoChat": dict(head_dim="absent"),
     "Llama4": dict(
         num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48, use_qk_norm=True, no_rope_layers=[1, 0],
@@ -103,15 +109,14 @@ def test_families(family, sharing):
         assert_equal_logits(feed(model, tokens(N), cache, sizes), expected, ROUNDING)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "Phi with norms"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families_with_private_layers(family):
-    # The last has LayerNorms for its keys, which only a private layer can have a LoRA on.
-    model = build(family, **FAMILIES.get(family, dict(head_dim="absent", qk_layernorm=True)))
+    model = build(family, **FAMILIES[family])
     if family == "Gemma2":
         model.set_attn_implementation("eager")
     model = with_adapters(model, {name: lora(**KV, rank_pattern={}, alpha_pattern={}) for name in ("one", "two")})
     plain = twin(model)
-    for private in ((0, 1),) if family not in FAMILIES else ((0,), (1,), (0, 1)):
+    for private in ((0,), (1,), (0, 1)):
         # Layer 0 is exact without being private.
         exact = 1 in private
         cache = SharedLoRACache(private_layers=private)
@@ -130,7 +135,9 @@ def test_families_with_private_layers(family):
                 assert difference(actual, expected) > ROUNDING
 
 
-@pytest.mark.parametrize("family", ["Gemma2", "GptOss", "Glm", "Qwen3", "Gemma3", "Olmo2"])
+@pytest.mark.parametrize(
+    "family", ["Gemma2", "GptOss", "Glm", "Qwen3", "Gemma3", "Olmo2", "Persimmon", "HunYuanDenseV1"]
+)
 def test_left_padding_in_families(family):
     model = build(family, **FAMILIES[family])
     model.set_attn_implementation("eager")

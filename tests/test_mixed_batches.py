@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from lora_shared_cache import SharedLoRACache, TrajectoryError, UnsupportedAdapterError
 
+from .test_families import FAMILIES
 from .test_families import build as build_family
 from .tiny import (
     TokenCounter,
@@ -269,18 +270,21 @@ def test_an_output_embedding_of_each_adapter():
     assert_equal_logits(logits(model, ids[1:2], SharedLoRACache()), expected[1:2])
 
 
+@pytest.mark.parametrize("family", ["Phi with norms", "HunYuanDenseV1"])
 @pytest.mark.parametrize("sharing", POLICIES)
-def test_models_that_normalise_keys(sharing, storage):
-    """The two numbers per key are those of each row's adapter."""
+def test_models_that_normalise_keys(family, sharing, storage):
+    """The numbers per key are those of each row's adapter."""
     names = ["plan", "__base__", "act", "plan"]
-    model = build_family("Qwen3", torch.float64)
+    model = build_family(family, torch.float64, **FAMILIES[family])
     if sharing in ("base_lr_shared", "auto"):
         model = with_adapters(model, ["plan", "act"])
         share_a(model, ["plan", "act"])
     else:
         model = with_adapters(
-            model, {"plan": lora(), "act": lora(target_modules=["v_proj", "q_proj"], rank_pattern={})}
+            model,
+            {"plan": lora(), "act": lora(target_modules=["v_proj", "q_proj"], rank_pattern={}), "walk": lora(r=2)},
         )
+        names[-1] = "walk"
     alone, cache, ids = RowsAlone(twin(model), names), SharedLoRACache(sharing=sharing), tokens(12, rows=4)
     for part in ids.split((6, 4, 1, 1), dim=1):
         assert_equal_logits(logits(model, part, cache, adapter_names=names), alone.feed(part))

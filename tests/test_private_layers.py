@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, PhiConfig, PhiForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, NanoChatConfig, NanoChatForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lora_shared_cache import SharedCacheError, SharedLoRACache, UnsupportedAdapterError, UnsupportedModelError, attach
 
@@ -424,12 +424,15 @@ def test_keys_that_the_model_normalises():
 
 
 def test_norms_of_keys_that_can_not_be_split():
-    """LayerNorms with a bias: private layers do without a split."""
+    """LayerNorms after the rotation: private layers do without a split."""
     shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
-    model = finish(PhiForCausalLM(PhiConfig(**shape, qk_layernorm=True)), torch.float64)
+    model = NanoChatForCausalLM(NanoChatConfig(**shape))
+    for layer in model.model.layers:
+        layer.self_attn.k_norm = torch.nn.LayerNorm(8)
+    model = finish(model, torch.float64)
     model = with_adapters(model, NAMES)
     own, ids = OwnCaches(model), tokens(16)
-    with pytest.raises(UnsupportedModelError, match=r"layers.1.*PhiAttention"):
+    with pytest.raises(UnsupportedModelError, match=r"layers.1.*NanoChatAttention"):
         take_turn(model, SharedLoRACache(private_layers=[0, 2]), "plan", ids)
     cache = SharedLoRACache(private_layers=ALL)
     for name, stop in [("plan", 5), ("act", 9), (None, 9), ("plan", 16)]:

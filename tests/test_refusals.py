@@ -327,14 +327,19 @@ def test_latent_attention_is_refused_by_name():
     check_model_refused(transformers.DeepseekV3ForCausalLM(config).eval(), "DeepseekV3Attention")
 
 
-def test_layer_norms_of_keys_are_refused_by_name_and_values_work():
-    """A LayerNorm with a bias; RMS norms are split (test_key_norm.py)."""
-    settings = {k: v for k, v in SHAPE.items() if k != "head_dim"} | dict(num_hidden_layers=2, qk_layernorm=True)
-    model = finish(transformers.PhiForCausalLM(transformers.PhiConfig(**settings)), torch.float32)
-    with_keys = with_adapters(model, {"one": lora(target_modules=["k_proj", "v_proj"], rank_pattern={})})
-    refused(with_keys, "PhiAttention", "normalised", "without k_proj", error=UnsupportedModelError)
-    model = finish(transformers.PhiForCausalLM(transformers.PhiConfig(**settings)), torch.float32)
-    without = with_adapters(model, {"one": lora(target_modules=["q_proj", "v_proj", "fc1"], rank_pattern={})})
+def test_unknown_norms_of_keys_are_refused_by_name_and_values_work():
+    """A LayerNorm after the rotation; others are split (test_key_norm.py)."""
+    settings = {k: v for k, v in SHAPE.items() if k != "head_dim"} | dict(num_hidden_layers=2)
+
+    def model():
+        made = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**settings))
+        for layer in made.model.layers:
+            layer.self_attn.k_norm = torch.nn.LayerNorm(8)
+        return finish(made, torch.float32)
+
+    with_keys = with_adapters(model(), {"one": lora(target_modules=["k_proj", "v_proj"], rank_pattern={})})
+    refused(with_keys, "NanoChatAttention", "normalised", "without k_proj", error=UnsupportedModelError)
+    without = with_adapters(model(), {"one": lora(target_modules=["q_proj", "v_proj", "fc1"], rank_pattern={})})
     expected = reference(without, tokens(9))
     activate(without, None)
     assert (reference(without, tokens(9)) - expected).abs().max() > 0.02

@@ -49,7 +49,7 @@ def inputs(**options) -> Inputs:
     qkv, a = problem(**options)
     absent = dict.fromkeys((
         "key_low_rank", "key_up", "value_low_rank", "value_up", "adapter_index", "cos", "sin", "key_gain",
-        "key_delta_gain", "scale", "sliding_window", "softcap", "sinks", "attention_mask",
+        "key_delta_gain", "key_delta_weight", "scale", "sliding_window", "softcap", "sinks", "attention_mask",
     ))  # fmt: skip
     fixed = dict(low_rank_per_adapter=False, rotary_interleaved=False, is_causal=True)
     return prepare(Problem(qkv[1].shape[2], qkv[0].shape[-1], 1), *qkv, **{**absent, **fixed, **a})

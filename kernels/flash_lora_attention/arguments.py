@@ -40,6 +40,7 @@ def check_arguments(
     rotary_dim: int | None,
     key_gain: torch.Tensor | None,
     key_delta_gain: torch.Tensor | None,
+    key_delta_weight: torch.Tensor | None,
     sliding_window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -68,8 +69,8 @@ def check_arguments(
     others: tuple[tuple[str, torch.Tensor | None], ...] = (
         ("key", key), ("value", value), ("key_low_rank", key_low_rank), ("key_up", key_up),
         ("value_low_rank", value_low_rank), ("value_up", value_up), ("adapter_index", adapter_index),
-        ("cos", cos), ("sin", sin), ("key_gain", key_gain), ("key_delta_gain", key_delta_gain), ("sinks", sinks),
-        ("attention_mask", attention_mask),
+        ("cos", cos), ("sin", sin), ("key_gain", key_gain), ("key_delta_gain", key_delta_gain),
+        ("key_delta_weight", key_delta_weight), ("sinks", sinks), ("attention_mask", attention_mask),
     )  # fmt: skip
     for name, other in others:
         if other is not None and other.device != query.device:
@@ -120,6 +121,8 @@ def check_arguments(
     for name, gain in (("key_gain", key_gain), ("key_delta_gain", key_delta_gain)):
         if gain is not None and (gain.dim() != 3 or gain.shape[0] not in (1, B) or tuple(gain.shape[1:]) != (Hk, T)):
             _fail(f"{name}'s shape", tuple(gain.shape), f"(1 or {B}, {Hk}, {T})")
+    if key_delta_weight is not None and tuple(key_delta_weight.shape) != (Hk, D):
+        _fail("key_delta_weight's shape", tuple(key_delta_weight.shape), (Hk, D))
     if sliding_window is not None and sliding_window < 1:
         _fail("sliding_window", sliding_window, "a positive number of tokens")
     if softcap is not None and softcap <= 0:

@@ -26,6 +26,7 @@ def forward(
     rotary_interleaved: bool,
     key_gain: torch.Tensor | None,
     key_delta_gain: torch.Tensor | None,
+    key_delta_weight: torch.Tensor | None,
     scale: float | None,
     is_causal: bool,
     sliding_window: int | None,
@@ -41,8 +42,8 @@ def forward(
 
     out, lse = run(
         query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
-        cos, sin, rotary_dim, rotary_interleaved, key_gain, key_delta_gain, scale, is_causal, sliding_window, softcap,
-        sinks, attention_mask, key_length if key_length_tensor is None else key_length_tensor, backend,
+        cos, sin, rotary_dim, rotary_interleaved, key_gain, key_delta_gain, key_delta_weight, scale, is_causal,
+        sliding_window, softcap, sinks, attention_mask, key_length if key_length_tensor is None else key_length_tensor, backend,
     )  # fmt: skip
     # cuDNN's output has heads and tokens exchanged in memory; the fake below promises contiguous tensors.
     return out.contiguous(), lse.contiguous()

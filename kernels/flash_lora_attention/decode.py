@@ -37,7 +37,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
     do_not_specialize_on_alignment=["B", "S", "num_m", "num_groups"],
 )
 def split_kv_kernel(
-    Q, K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, SINKS, MASK, LENGTH, OUT, LSE,
+    Q, K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, WEIGHT, SINKS, MASK, LENGTH, OUT, LSE,
     stride_qb, stride_qh, stride_qs, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
@@ -142,7 +142,7 @@ def split_kv_kernel(
                 INDEX, o_rk, i_b, zero, stride_kab, B, RK, BLOCK_RK, DELTA_ROWS, PER_ADAPTER
             )
             b_m1, b_m2, b_w0 = fold_queries(
-                Q, KUP, n_k, has_k, stride_qb, stride_qh, stride_qs, stride_qd, i_b, i_h, i_m, B, S,
+                Q, KUP, WEIGHT, n_k, has_k, stride_qb, stride_qh, stride_qs, stride_qd, i_b, i_h, i_m, B, S,
                 HK, G, D, RK, ROTARY, INTERLEAVED, COS is not None, FOLD, DELTA_ROWS, BLOCK_C, BLOCK_P, BLOCK_RK,
             )  # fmt: skip
         else:
@@ -229,6 +229,10 @@ def split_kv_kernel(
                 else:
                     b_e1 = b_d1
                     b_e2 = b_d2
+                if WEIGHT is not None:
+                    p_w = WEIGHT + i_h * D
+                    b_e1 = b_e1 * tl.load(p_w + o_1, mask=o_p < D // 2, other=0.0).to(tl.float32)[None, :]
+                    b_e2 = b_e2 * tl.load(p_w + o_2, mask=o_p < D // 2, other=0.0).to(tl.float32)[None, :]
                 b_e = tl.dot(b_e1.to(dtype), b_q1, input_precision=PRECISION)
                 b_e = tl.dot(b_e2.to(dtype), b_q2, b_e, input_precision=PRECISION)
 
@@ -396,7 +400,10 @@ def split_kv_attention(
     e, scores_keys = None, 0
     if scores is not None and _scores_ahead(x, config, scores):
         e = low_rank_scores(x, scores, block_c, not _same_entries(x.key_low_rank, x.adapter_index))
-        x, scores_keys = x.replace(key_low_rank=None, key_up=None, cos=None, sin=None), e.shape[2]
+        x, scores_keys = (
+            x.replace(key_low_rank=None, key_up=None, cos=None, sin=None, key_delta_weight=None),
+            e.shape[2],
+        )
     rows = rows_per_program(x, config)
     shared_delta = rows == 1 or all(_same_entries(a, x.adapter_index) for a in (x.key_low_rank, x.value_low_rank))
     delta_rows = 1 if shared_delta else rows

@@ -22,7 +22,7 @@ from .tuning import DispatchConfig, ExpandConfig, num_sms
 
 @triton.jit(do_not_specialize=["length", "num_t", "num_groups"])
 def expand_kernel(
-    K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, OUT_K, OUT_V,
+    K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, WEIGHT, OUT_K, OUT_V,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     stride_kab, stride_kat,
@@ -129,6 +129,10 @@ def expand_kernel(
                 else:
                     b_e1 = b_d1
                     b_e2 = b_d2
+                if WEIGHT is not None:
+                    p_w = WEIGHT + h * D
+                    b_e1 = b_e1 * tl.load(p_w + o_1, mask=pair, other=0.0).to(tl.float32)[None, :]
+                    b_e2 = b_e2 * tl.load(p_w + o_2, mask=pair, other=0.0).to(tl.float32)[None, :]
                 if GAIN is not None:
                     b_dgain = tl.load(DELTA_GAIN + p_g, mask=inside[:, None], other=0.0).to(tl.float32)
                     b_e1 = b_e1 * b_dgain
@@ -194,7 +198,7 @@ def expand(x: Inputs, length: int, config: ExpandConfig, with_value: bool = True
 
         expand_kernel[(num_t * num_groups * x.B,)](
             x.key, x.value, x.key_low_rank, x.key_up, value_low_rank, x.value_up, x.adapter_index, x.cos, x.sin,
-            x.key_gain, x.key_delta_gain, out_k, out_v,
+            x.key_gain, x.key_delta_gain, x.key_delta_weight, out_k, out_v,
             *x.key.stride(), *x.value.stride(), *strides(x.key_low_rank, 2), *strides(value_low_rank, 2),
             *strides(x.cos, 3), *strides(x.key_gain, 3), length, num_t, num_groups,
             HK=x.Hk, D=x.D, RK=x.rk, RV=x.rv, ROTARY=x.rotary_dim, INTERLEAVED=x.rotary_interleaved,
@@ -215,6 +219,7 @@ def expanded(x: Inputs, length: int, config: ExpandConfig, with_value: bool = Tr
     key, value = expand(x, length, config, with_value)
     x = x.replace(
         key=key, value=value, key_low_rank=None, key_up=None, cos=None, sin=None, key_gain=None, key_delta_gain=None,
+        key_delta_weight=None,
         attention_mask=None if x.attention_mask is None else x.attention_mask[..., :length],
     )  # fmt: skip
     if with_value or x.value_low_rank is None:

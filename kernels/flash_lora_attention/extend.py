@@ -23,7 +23,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit(do_not_specialize=["B", "S", "T", "key_length", "window", "num_m", "num_splits"])
 def extend_kernel(
-    Q, K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, SINKS, MASK, LENGTH, OUT, LSE,
+    Q, K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, WEIGHT, SINKS, MASK, LENGTH, OUT, LSE,
     stride_qb, stride_qh, stride_qs, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
@@ -178,6 +178,10 @@ def extend_kernel(
             else:
                 b_e1 = b_d1
                 b_e2 = b_d2
+            if WEIGHT is not None:
+                p_w = WEIGHT + i_h * D
+                b_e1 = b_e1 * tl.load(p_w + o_1, mask=pair, other=0.0).to(tl.float32)[None, :]
+                b_e2 = b_e2 * tl.load(p_w + o_2, mask=pair, other=0.0).to(tl.float32)[None, :]
             if GAIN is not None:
                 o_g = o_t.to(tl.int64) * stride_gt
                 b_gain = tl.load(GAIN + o_g, mask=inside, other=0.0).to(tl.float32)[:, None]

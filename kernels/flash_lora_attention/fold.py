@@ -3,7 +3,7 @@
 With rotary pairs p of angle (c, s) and the two columns 1, 2 of each pair,
 
     q . RoPE_t(a_t B) = sum_r a_t[r] (sum_p c_t[p] M1[p, r] + s_t[p] M2[p, r])
-    M1 = q1 B1 + q2 B2,   M2 = q2 B1 - q1 B2
+    M1 = q1 B1 + q2 B2,   M2 = q2 B1 - q1 B2         (with weights of rotated keys: q times those)
 
 so one product ``cos M1 + sin M2`` gives a weight per key, query and rank, and the key's ``a_t`` is applied to it in registers.
 Rows with different adapters are further columns of the same product. ``decode.py`` computes these scores beside those of the
@@ -58,7 +58,7 @@ def _halves(x, N: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def fold_queries(
-    Q, KUP, n_k, has_k, stride_qb, stride_qh, stride_qs, stride_qd, i_b, i_h, i_m, B, S,
+    Q, KUP, WEIGHT, n_k, has_k, stride_qb, stride_qh, stride_qs, stride_qd, i_b, i_h, i_m, B, S,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_COS: tl.constexpr, FOLD: tl.constexpr, DELTA_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_RK: tl.constexpr,
@@ -95,6 +95,11 @@ def fold_queries(
         b_f2 = tl.load(p_f[:, None] + o_2[None, :] * stride_qd, mask=m_f[:, None] & pair, other=0.0)
         b_u1 = tl.load(p_up[:, None] + o_1[None, :], mask=has_k[:, None] & pair, other=0.0)
         b_u2 = tl.load(p_up[:, None] + o_2[None, :], mask=has_k[:, None] & pair, other=0.0)
+    if WEIGHT is not None:
+        # The weights of rotated keys, on the other side of the scalar product.
+        p_w = WEIGHT + i_h * D
+        b_f1 = b_f1.to(tl.float32) * tl.load(p_w + o_1, mask=o_p < D // 2, other=0.0).to(tl.float32)[None, :]
+        b_f2 = b_f2.to(tl.float32) * tl.load(p_w + o_2, mask=o_p < D // 2, other=0.0).to(tl.float32)[None, :]
     # (rows, upper r, columns, lower r, P)
     b_f1 = tl.reshape(b_f1, [DELTA_ROWS, COLUMNS, BLOCK_P])[:, None, :, None, :].to(tl.float32)
     b_f2 = tl.reshape(b_f2, [DELTA_ROWS, COLUMNS, BLOCK_P])[:, None, :, None, :].to(tl.float32)
@@ -133,7 +138,7 @@ def folded_scores(
 
 @triton.jit(do_not_specialize=["B", "S", "T", "key_length", "window", "num_groups", "num_splits"])
 def low_rank_scores_kernel(
-    Q, K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, SINKS, MASK, LENGTH, OUT, LSE,
+    Q, K, V, KA, KUP, VA, VUP, INDEX, COS, SIN, GAIN, DELTA_GAIN, WEIGHT, SINKS, MASK, LENGTH, OUT, LSE,
     stride_qb, stride_qh, stride_qs, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
@@ -172,7 +177,7 @@ def low_rank_scores_kernel(
     o_rk = tl.arange(0, DELTA_ROWS * BLOCK_RK)
     n_k, has_k, o_ka = side_by_side(INDEX, o_rk, i_b, zero, stride_kab, B, RK, BLOCK_RK, DELTA_ROWS, PER_ADAPTER)
     b_m1, b_m2, b_w0 = fold_queries(
-        Q, KUP, n_k, has_k, stride_qb, stride_qh, stride_qs, stride_qd, i_b, i_h, 0, B, S,
+        Q, KUP, WEIGHT, n_k, has_k, stride_qb, stride_qh, stride_qs, stride_qd, i_b, i_h, 0, B, S,
         HK, G, D, RK, ROTARY, INTERLEAVED, COS is not None, FOLD, DELTA_ROWS, BLOCK_C, BLOCK_P, BLOCK_RK,
     )  # fmt: skip
     o_f = tl.arange(0, FOLD)

@@ -43,6 +43,7 @@ class Inputs:
     rotary_interleaved: bool
     key_gain: torch.Tensor | None
     key_delta_gain: torch.Tensor | None
+    key_delta_weight: torch.Tensor | None
     scale: float
     is_causal: bool
     sliding_window: int | None
@@ -108,6 +109,7 @@ def prepare(
     rotary_interleaved: bool,
     key_gain: torch.Tensor | None,
     key_delta_gain: torch.Tensor | None,
+    key_delta_weight: torch.Tensor | None,
     scale: float | None,
     is_causal: bool,
     sliding_window: int | None,
@@ -175,6 +177,7 @@ def prepare(
         rotary_interleaved=rotary_interleaved,
         key_gain=key_gain,
         key_delta_gain=key_delta_gain,
+        key_delta_weight=None if key_delta_weight is None or key_low_rank is None else key_delta_weight.contiguous(),
         scale=D**-0.5 if scale is None else scale,
         is_causal=is_causal,
         sliding_window=sliding_window,
@@ -221,7 +224,7 @@ def launch(
     length = x.key_length if isinstance(x.key_length, torch.Tensor) else None
     arguments = (
         x.query, x.key, x.value, x.key_low_rank, x.key_up, x.value_low_rank, x.value_up, x.adapter_index, x.cos, x.sin,
-        x.key_gain, x.key_delta_gain, x.sinks, x.attention_mask, length, out, lse,
+        x.key_gain, x.key_delta_gain, x.key_delta_weight, x.sinks, x.attention_mask, length, out, lse,
         *x.query.stride(), *x.key.stride(), *x.value.stride(), *strides(x.key_low_rank, 2), *strides(x.value_low_rank, 2),
         *strides(x.cos, 3), *strides(x.key_gain, 3), *strides(x.attention_mask, 4), *strides(length, 1),
         x.B, x.S, x.T, x.T if length is not None else x.key_length, x.scale, x.softcap or 0.0, x.sliding_window or 0,
@@ -236,7 +239,7 @@ def launch(
         PRECISION=config.precision if x.query.dtype == torch.float32 else "ieee",
         **meta,
     )  # fmt: skip
-    present = tuple(a.dtype if isinstance(a, torch.Tensor) else None for a in arguments[:17])
+    present = tuple(a.dtype if isinstance(a, torch.Tensor) else None for a in arguments[:18])
     identity = (kernel.fn.__name__, present, config, *meta.items())
     block_n, stages = _fitting.get(identity, (config.block_n, config.num_stages))
     while True:

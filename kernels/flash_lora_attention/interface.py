@@ -37,6 +37,7 @@ def flash_lora_attention(
     rotary_interleaved: bool = False,
     key_gain: torch.Tensor | None = None,
     key_delta_gain: torch.Tensor | None = None,
+    key_delta_weight: torch.Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
     sliding_window: int | None = None,
@@ -65,7 +66,8 @@ def flash_lora_attention(
     """
     check_arguments(
         query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
-        cos, sin, rotary_dim, key_gain, key_delta_gain, sliding_window, softcap, sinks, attention_mask, key_length,
+        cos, sin, rotary_dim, key_gain, key_delta_gain, key_delta_weight, sliding_window, softcap, sinks, attention_mask,
+        key_length,
     )  # fmt: skip
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"flash_lora_attention: backend is {backend!r}, expected None, 'reference' or 'triton'")
@@ -73,8 +75,8 @@ def flash_lora_attention(
         raise ValueError(f"flash_lora_attention: backend='triton' does not serve {reason}")
     arguments = (
         query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
-        cos, sin, rotary_dim, rotary_interleaved, key_gain, key_delta_gain, scale, is_causal, sliding_window, softcap,
-        sinks, attention_mask,
+        cos, sin, rotary_dim, rotary_interleaved, key_gain, key_delta_gain, key_delta_weight, scale, is_causal,
+        sliding_window, softcap, sinks, attention_mask,
     )  # fmt: skip
     if _HAS_TRITON and torch.compiler.is_compiling():
         from .custom_op import forward
@@ -103,8 +105,8 @@ def _unserved(query: torch.Tensor, key: torch.Tensor) -> str | None:
 
 def run(
     query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
-    cos, sin, rotary_dim, rotary_interleaved, key_gain, key_delta_gain, scale, is_causal, sliding_window, softcap,
-    sinks, attention_mask, key_length, backend,
+    cos, sin, rotary_dim, rotary_interleaved, key_gain, key_delta_gain, key_delta_weight, scale, is_causal, sliding_window,
+    softcap, sinks, attention_mask, key_length, backend,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Dispatch of a checked call, without ``torch.compile``; returns (out, lse)."""
     tensors = (query, key, value, key_low_rank, key_up, value_low_rank, value_up, sinks)
@@ -116,8 +118,9 @@ def run(
             query, key, value, key_low_rank=key_low_rank, key_up=key_up, value_low_rank=value_low_rank,
             value_up=value_up, adapter_index=adapter_index, low_rank_per_adapter=low_rank_per_adapter, cos=cos, sin=sin,
             rotary_dim=rotary_dim, rotary_interleaved=rotary_interleaved, key_gain=key_gain,
-            key_delta_gain=key_delta_gain, scale=scale, is_causal=is_causal, sliding_window=sliding_window,
-            softcap=softcap, sinks=sinks, attention_mask=attention_mask, key_length=key_length, return_lse=True,
+            key_delta_gain=key_delta_gain, key_delta_weight=key_delta_weight, scale=scale, is_causal=is_causal,
+            sliding_window=sliding_window, softcap=softcap, sinks=sinks, attention_mask=attention_mask,
+            key_length=key_length, return_lse=True,
         )  # fmt: skip
         return out_and_lse[0], out_and_lse[1]
     from .arguments import Problem
@@ -128,7 +131,8 @@ def run(
         Problem(key_length, query.shape[-1] if rotary_dim is None else rotary_dim, 1), query, key, value,
         key_low_rank=key_low_rank, key_up=key_up, value_low_rank=value_low_rank, value_up=value_up,
         adapter_index=adapter_index, low_rank_per_adapter=low_rank_per_adapter, cos=cos, sin=sin,
-        rotary_interleaved=rotary_interleaved, key_gain=key_gain, key_delta_gain=key_delta_gain, scale=scale,
+        rotary_interleaved=rotary_interleaved, key_gain=key_gain, key_delta_gain=key_delta_gain,
+        key_delta_weight=key_delta_weight, scale=scale,
         is_causal=is_causal, sliding_window=sliding_window, softcap=softcap, sinks=sinks, attention_mask=attention_mask,
     )  # fmt: skip
     if query.numel() == 0 or key.shape[2] == 0:

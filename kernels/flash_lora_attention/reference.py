@@ -35,6 +35,7 @@ def flash_lora_attention_reference(
     rotary_interleaved: bool = False,
     key_gain: torch.Tensor | None = None,
     key_delta_gain: torch.Tensor | None = None,
+    key_delta_weight: torch.Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
     sliding_window: int | None = None,
@@ -48,7 +49,7 @@ def flash_lora_attention_reference(
 
     For row b with adapter n = ``adapter_index[b]``, KV head h and key t::
 
-        K[t] = key_gain[t] * key[t] + key_delta_gain[t] * RoPE_t(key_low_rank[t] @ key_up[n, h])
+        K[t] = key_gain[t] * key[t] + key_delta_gain[t] * key_delta_weight[h] * RoPE_t(key_low_rank[t] @ key_up[n, h])
         V[t] = value[t] + value_low_rank[t] @ value_up[n, h]
         out  = softmax(softcap(scale * query K^T) + mask) V          (the ups carry LoRA's scaling)
 
@@ -72,6 +73,8 @@ def flash_lora_attention_reference(
         rotary_interleaved: rotate pairs (2i, 2i+1) instead of (i, i + rotary_dim/2).
         key_gain, key_delta_gain: (B or 1, Hk, T), the two numbers of models that normalise keys:
             ``s(u)/s(u + delta)`` and ``1/s(u + delta)`` for the base key u. Given together or not at all.
+        key_delta_weight: (Hk, D), what the low-rank part of keys is multiplied with after its rotation: the weights of a norm of
+            rotated keys. Absent: 1.
         scale: factor of the scores; absent: ``D ** -0.5``.
         is_causal: query i sees keys up to ``key_length - S + i``.
         sliding_window: and only the last ``sliding_window`` of those (the token itself included).
@@ -96,7 +99,8 @@ def flash_lora_attention_reference(
             return flash_lora_attention_reference(query, key, value, **arguments)
     problem = check_arguments(
         query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
-        cos, sin, rotary_dim, key_gain, key_delta_gain, sliding_window, softcap, sinks, attention_mask, key_length,
+        cos, sin, rotary_dim, key_gain, key_delta_gain, key_delta_weight, sliding_window, softcap, sinks, attention_mask,
+        key_length,
     )  # fmt: skip
     B, Hq, S, D = query.shape
     Hk, T = key.shape[1], key.shape[2]
@@ -126,6 +130,8 @@ def flash_lora_attention_reference(
         if cos is not None and sin is not None:
             cos, sin = (half_width(t.to(acc), problem.rotary_dim, rotary_interleaved) for t in (cos, sin))
             delta = apply_rope(delta, cos, sin, rotary_interleaved)
+        if key_delta_weight is not None:
+            delta = delta * key_delta_weight.to(acc)[:, None]
         if key_delta_gain is not None:
             delta = delta * key_delta_gain.to(acc).unsqueeze(-1)
         k = k + delta

@@ -9,8 +9,8 @@ from .dense import attention_dense, sdpa_peer
 
 def make(
     B=2, Hk=2, G=2, S=1, T=70, D=16, r=3, rv=None, n=1, dtype=torch.float32, device="cpu", key=True, val=True,
-    rope="half", rotary_dim=None, trunk=False, lr="row", layout="bhtd", mask=None, gains=None, length=None, sinks=False,
-    seed=0, **options,
+    rope="half", rotary_dim=None, trunk=False, lr="row", layout="bhtd", mask=None, gains=None, weight=False, length=None,
+    sinks=False, seed=0, **options,
 ):  # fmt: skip
     """(query, key, value), keywords; ``key``/``val``: with a low-rank part; ``rope``: half, full, interleaved or None."""
     g = torch.Generator(device=device).manual_seed(seed)
@@ -57,6 +57,8 @@ def make(
         lead = 1 if gains == "one" else B
         a["key_gain"] = torch.rand(lead, Hk, T, generator=g, device=device) + 0.5
         a["key_delta_gain"] = torch.rand(lead, Hk, T, generator=g, device=device) + 0.5
+    if weight:
+        a["key_delta_weight"] = torch.randn(Hk, D, generator=g, device=device)
     if mask == "padding":
         a["attention_mask"] = torch.rand(B, T, generator=g, device=device) > 0.3
     elif mask == "bool":
@@ -139,6 +141,7 @@ GRID = {
     "head_size_20": dict(D=20),
     "gains": dict(gains="rows"),
     "gains_one": dict(gains="one"),
+    "weights": dict(gains="rows", weight=True),
     "gains_without_lr": dict(gains="rows", key=False),
     "scale": dict(scale=0.37),
     "not_causal": dict(is_causal=False),
@@ -159,7 +162,7 @@ GRID = {
     "strided_trunk": dict(n=2, B=3, r=4, layout="strided", trunk=True),
     "mha": dict(G=1, Hk=3),
     "everything": dict(
-        n=2, B=3, rope="interleaved", rotary_dim=8, gains="rows", sliding_window=30, softcap=3.0, sinks=True,
+        n=2, B=3, rope="interleaved", rotary_dim=8, gains="rows", weight=True, sliding_window=30, softcap=3.0, sinks=True,
         mask="padding", length="rows", layout="bthd",
     ),
 }  # fmt: skip

@@ -54,6 +54,8 @@ def expand_dense(key, value, acc=torch.float64, **a):
                         t = t[:, ::2] if a.get("rotary_interleaved") else t[:, : rotary_dim // 2]
                     half.append(t)
                 delta = _rotate(delta, *half, rotary_dim, a.get("rotary_interleaved", False))
+            if a.get("key_delta_weight") is not None:
+                delta = delta * a["key_delta_weight"][h].to(acc)
             if a.get("key_gain") is not None:
                 gain, dgain = (a[g][min(b, a[g].shape[0] - 1), h].to(acc) for g in ("key_gain", "key_delta_gain"))
                 K[b, h] = K[b, h] * gain[:, None] + delta * dgain[:, None]

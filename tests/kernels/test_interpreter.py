@@ -22,7 +22,7 @@ def prepared(qkv, a):
 
     optional = dict.fromkeys((
         "key_low_rank", "key_up", "value_low_rank", "value_up", "cos", "sin", "adapter_index", "key_gain",
-        "key_delta_gain", "scale", "sliding_window", "softcap", "sinks", "attention_mask",
+        "key_delta_gain", "key_delta_weight", "scale", "sliding_window", "softcap", "sinks", "attention_mask",
     ))  # fmt: skip
     fixed = dict(low_rank_per_adapter=False, is_causal=True, rotary_interleaved=False)
     given = {k: v for k, v in a.items() if k not in ("rotary_dim", "key_length")}
@@ -51,7 +51,7 @@ def test_float16(name, queries):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "adapters", "trunk", "trunk_gains", "gains", "partial", "no_rope", "mha", "rank_70"]
+    "name", ["plain", "adapters", "trunk", "trunk_gains", "gains", "weights", "partial", "no_rope", "mha", "rank_70"]
 )
 @pytest.mark.parametrize("queries", [1, 3])
 def test_folded_product(name, queries):
@@ -68,7 +68,8 @@ def test_folded_product(name, queries):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(), dict(n=2), dict(n=2, lr="adapter"), dict(lr="one"), dict(n=2, gains="rows"), dict(n=2, length="rows"),
+        dict(), dict(n=2), dict(n=2, lr="adapter"), dict(lr="one"), dict(n=2, gains="rows"),
+        dict(n=2, length="rows"), dict(gains="rows", weight=True, rotary_dim=8),
         dict(rope=None), dict(rope="interleaved", rotary_dim=8), dict(rope="full", rotary_dim=8), dict(val=False),
         dict(n=2, mask="padding", sinks=True, softcap=3.0), dict(layout="strided"), dict(length=40),
     ],
@@ -103,7 +104,8 @@ def test_split_count_does_not_matter(num_splits):
 
 
 @pytest.mark.parametrize(
-    "name", ["adapters_own_lr", "gains", "partial", "interleaved", "gains_without_lr", "rank_70", "head_size_20"]
+    "name",
+    ["adapters_own_lr", "gains", "weights", "partial", "interleaved", "gains_without_lr", "rank_70", "head_size_20"],
 )
 def test_expand(name):
     from flash_lora_attention.expand import expand

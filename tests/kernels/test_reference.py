@@ -60,8 +60,8 @@ def rotation(cos, sin, rotary_dim, interleaved):
 def dense(
     query, key, value, *, key_low_rank=None, key_up=None, value_low_rank=None, value_up=None, adapter_index=None,
     low_rank_per_adapter=False, cos=None, sin=None, rotary_dim=None, rotary_interleaved=False, key_gain=None,
-    key_delta_gain=None, scale=None, is_causal=True, sliding_window=None, softcap=None, sinks=None, attention_mask=None,
-    key_length=None,
+    key_delta_gain=None, key_delta_weight=None, scale=None, is_causal=True, sliding_window=None, softcap=None, sinks=None,
+    attention_mask=None, key_length=None,
 ):  # fmt: skip
     """(out, lse) in float64."""
     rows, hq, s, _ = query.shape
@@ -86,6 +86,8 @@ def dense(
                 d = delta(key_low_rank, key_up, g, token)
                 if cos is not None:
                     d = rotation(row_of(cos, b)[token], row_of(sin, b)[token], rotary_dim or D, rotary_interleaved) @ d
+                if key_delta_weight is not None:
+                    d = d * key_delta_weight[g].double()
                 k = key[b, g, token].double()
                 if key_gain is not None:
                     k, d = k * row_of(key_gain, b)[g, token].double(), d * row_of(key_delta_gain, b)[g, token].double()
@@ -186,6 +188,9 @@ def test_key_gains(rows, key_lora):
     a = inputs(key_lora=key_lora)
     a |= dict(key_gain=random(rows, HK, T, seed=9).abs() + 0.5, key_delta_gain=random(rows, HK, T, seed=10).abs() + 0.5)
     assert matters(a, "key_gain", "key_delta_gain")
+    check(a)
+    a |= dict(key_delta_weight=random(HK, D, seed=11))
+    assert matters(a, "key_delta_weight") == key_lora
     check(a)
 
 
@@ -366,6 +371,7 @@ WRONG = {
     "rotary_dim is 3": dict(rotary_dim=3),
     "key_gain and key_delta_gain": dict(key_gain=random(B, HK, T, seed=9)),
     "key_delta_gain's shape": dict(key_gain=random(B, HK, T, seed=9), key_delta_gain=random(B, HQ, T, seed=9)),
+    "key_delta_weight's shape": dict(key_delta_weight=random(1, D, seed=9)),
     "sliding_window is 0": dict(sliding_window=0),
     "softcap is -1.0": dict(softcap=-1.0),
     "sinks' shape": dict(sinks=random(HK, seed=9)),
