@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     report.add_argument("--model", required=True, help="path or id of the base model")
     report.add_argument(
-        "--adapters", required=True, nargs="+", type=_named_path, metavar="NAME=PATH", help="PEFT adapters"
+        "--adapters", "--adapter", required=True, nargs="+", type=_named_path, metavar="NAME=PATH", help="PEFT adapters"
     )
     report.add_argument("--text", required=True, type=Path, help="a text file; it is cut into two turns per adapter")
     report.add_argument(
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     check_command.add_argument("--model", required=True, help="path or id of the base model")
     check_command.add_argument(
-        "--adapter", nargs="+", type=_named_path, default=[], metavar="NAME=PATH", help="PEFT adapters"
+        "--adapters", "--adapter", nargs="+", type=_named_path, default=[], metavar="NAME=PATH", help="PEFT adapters"
     )
     check_command.add_argument("--json", type=Path, help="write what was found here")
     return parser
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "check":
         _check(options)
         return
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(
@@ -99,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     try:
-        result = check(options.model, dict(options.adapter))
+        result = check(options.model, dict(options.adapters))
     except (OSError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     print(result)

@@ -167,8 +167,8 @@ def check_expressible(path: str, module: Any, names: Iterable[str], split: bool 
         )
     if not is_lora(module):
         raise UnsupportedAdapterError(
-            f"{path} is adapted by {type(module).__name__}, which is not LoRA. Only LoRA on k_proj and v_proj can be split; "
-            "use target_modules without them, or a DynamicCache per adapter"
+            f"{path} is adapted by {type(module).__module__}.{type(module).__name__}, which is not LoRA. Only LoRA on k_proj and "
+            "v_proj can be split; use target_modules without them, or a DynamicCache per adapter"
         )
     layer: Any = module
     for name in names_on(module, names):
@@ -178,7 +178,7 @@ def check_expressible(path: str, module: Any, names: Iterable[str], split: bool 
         if dora:
             raise UnsupportedAdapterError(
                 f"{path}: adapter {name!r} uses DoRA, which rescales base and low-rank part together. Train it without DoRA on "
-                "k_proj and v_proj, or use a DynamicCache per adapter"
+                "k_proj and v_proj, make all layers that have it private (private_layers=), or use a DynamicCache per adapter"
             )
         variant = layer.lora_variant.get(name)
         if variant is not None and variant is not ALoraLinearVariant and not isinstance(variant, ALoraLinearVariant):
@@ -272,9 +272,9 @@ def check_no_virtual_tokens(peft_config: dict) -> None:
     """
     for name, config in peft_config.items():
         if getattr(config, "is_prompt_learning", False):
+            kind = getattr(config.peft_type, "value", config.peft_type)
             raise UnsupportedAdapterError(
-                f"adapter {name!r} is {config.peft_type}: its virtual tokens are not part of the trajectory. Only LoRA can "
-                "share a cache"
+                f"adapter {name!r} is {kind}: its virtual tokens are not part of the trajectory. Only LoRA can share a cache"
             )
 
 

@@ -79,7 +79,8 @@ def _attach(root: Any) -> None:
         return
     if getattr(root.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(root).__name__} is an encoder-decoder model; only decoders can share a cache"
+            f"{type(root).__name__} is an encoder-decoder model; only decoders can share a cache. Use an "
+            "EncoderDecoderCache per adapter"
         )
     modules = _attention_layers(root)
     sources = {path: key_value_sources(module) for path, module in modules.items()}
@@ -111,7 +112,7 @@ def _attach(root: Any) -> None:
     if sorted(attachment.layers) != list(range(len(attachment.layers))):
         raise UnsupportedModelError(
             f"{type(root).__name__} has attention in layers {sorted(attachment.layers)} only; the other layers keep a state "
-            "that can't be shared"
+            "that can't be shared. Use a DynamicCache per adapter"
         )
     # Refuse before anything is changed.
     names = tuple(getattr(root, "peft_config", {}) or {})

@@ -98,7 +98,7 @@ class SharedLoRACache(SharedCacheBase):
             raise SharedCacheError(f"max_cache_len is {max_cache_len!r}, expected a positive number of tokens or None")
         if low_rank_dtype is not None and low_rank_dtype not in _FLOATS:
             raise SharedCacheError(
-                f"low_rank_dtype is {low_rank_dtype}, expected one of {', '.join(map(str, _FLOATS))}"
+                f"low_rank_dtype is {low_rank_dtype!r}, expected one of {', '.join(map(str, _FLOATS))}"
             )
         super().__init__(layers=[])
         self.layers: list[SharedLoRALayer] = []  # type: ignore[assignment]

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -105,7 +106,8 @@ class CheckResult:
         with console.capture() as captured:
             console.print(self._table())
             for message in self.refused:
-                console.print(f"[bold]refused:[/bold] {message}", markup=True)
+                # Messages have brackets of their own, which are no markup.
+                console.print(f"[bold]refused:[/bold] {escape(message)}")
             for note in self.notes:
                 console.print(f"note: {note}", markup=False)
         return captured.get()
@@ -176,6 +178,10 @@ def check(model: str | Path, adapters: dict[str, str | Path] | None = None) -> C
         result.policies = ["base_shared", "lr_precomputed"]
         if result.shared_a:
             result.policies.insert(0, "base_lr_shared")
+        elif result.shared_a is False:
+            result.notes.append(
+                "base_lr_shared needs adapters with one A on k and v; project_to_shared_a rewrites these"
+            )
         result.notes += _notes(result)
     return result
 

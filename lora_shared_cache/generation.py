@@ -15,7 +15,7 @@ from transformers import GenerationMixin
 
 from . import adapters as peft_adapters
 from .attachment import Attachment
-from .errors import TrajectoryError, UnsupportedModelError
+from .errors import SharedCacheError, TrajectoryError, UnsupportedModelError
 from .scopes import forward_scope, generate_scope
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def run_generate(
     Raises:
         TrajectoryError: the prompt contradicts the trajectory or ends before its end, or ``generate`` could not feed it
             rightly.
+        SharedCacheError: what may be generated does not fit into ``max_cache_len``.
     """
     cache._bind(attachment)
     try:
@@ -43,6 +44,7 @@ def run_generate(
             )
         _find_invocations(attachment, cache, args, kwargs)
         limit, length = _check_prompt(attachment, cache, args, kwargs)
+        _check_room(attachment, cache, args, kwargs)
         with cache._prompt(length, limit):
             return original(*args, **kwargs)
     except BaseException:
@@ -132,6 +134,34 @@ def _check_prompt(
     # `generate` runs `ids[:, -(n - cached):]`: with everything cached that is all of them. The last token is run again.
     limit = columns - 1 if cache._seen_length(agent) >= columns else None
     return limit, columns
+
+
+def _settings(attachment: Attachment, args: tuple, kwargs: dict[str, Any]) -> Callable[[str], Any]:
+    """Looks up a generation setting as ``generate`` does: its own argument, else that of the generation config."""
+    config = (
+        kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or attachment.root.generation_config
+    )
+
+    def setting(name: str) -> Any:
+        value = kwargs.get(name)
+        return value if value is not None else getattr(config, name, None)
+
+    return setting
+
+
+def _check_room(attachment: Attachment, cache: SharedLoRACache, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuse what may not fit before anything is run: in the middle of ``generate`` the generated text would be lost."""
+    inputs, new = _inputs(args, kwargs), _settings(attachment, args, kwargs)("max_new_tokens")
+    if cache.max_cache_len is None or inputs is None or new is None:
+        return
+    mask = kwargs.get("attention_mask")
+    prompt = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else inputs.shape[1]
+    # The last token is returned without having been in the model.
+    if prompt + new - 1 > cache.max_cache_len:
+        raise SharedCacheError(
+            f"the trajectory would have up to {prompt + new - 1} tokens, {prompt} of the prompt and max_new_tokens={new} less "
+            f"the last, but max_cache_len is {cache.max_cache_len}. Pass a smaller max_new_tokens, or make the cache larger"
+        )
 
 
 def dropped_cache(attachment: Attachment, kwargs: dict[str, Any]) -> SharedLoRACache | None:

@@ -646,12 +646,12 @@ class LayerPass:
     def _mask_of_window(self, mask: torch.Tensor, keys: int) -> torch.Tensor:
         """A mask of the caller's own covers all tokens; a sliding layer has only its last ones."""
         now = self.forward_pass
-        if not self.slides or self.slot is not None or mask.dim() != 4 or mask.shape[-1] == keys:
+        if self.slot is not None or mask.dim() != 4 or mask.shape[-1] == keys:
             return mask
         if mask.shape[-1] != now.stop:
+            window = f", or {keys}, one for each that {self.layer.name} reads" if self.slides else ""
             raise TrajectoryError(
-                f"the attention_mask has {mask.shape[-1]} columns, expected {now.stop}, one for each token, or {keys}, one for "
-                f"each that {self.layer.name} reads"
+                f"the attention_mask has {mask.shape[-1]} columns, expected {now.stop}, one for each token, cached or new{window}"
             )
         hidden = mask[..., : now.stop - keys]
         visible = hidden if hidden.dtype == torch.bool else hidden > torch.finfo(hidden.dtype).min / 2

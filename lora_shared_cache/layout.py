@@ -223,14 +223,19 @@ def _find_layout(
         except (TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
             raise _NotTried(f"{name}: its attention could not be tried out: {error}") from error
         if probe.states is None:
-            raise UnsupportedModelError(f"{name}: it gave no keys and values to the cache (shared between layers?)")
+            raise UnsupportedModelError(
+                f"{name}: it gave no keys and values to the cache (shared between layers?). Use a "
+                "DynamicCache per adapter"
+            )
         if not probe.dispatched:
             raise UnsupportedModelError(
                 f"{name}: it does not call its attention through Transformers' attention interface, so the low-rank part "
-                "can't be applied inside it"
+                "can't be applied inside it. Use a DynamicCache per adapter"
             )
         if probe.objection:
-            raise UnsupportedModelError(f"{name}: {probe.objection}, so the low-rank part can't be applied inside it")
+            raise UnsupportedModelError(
+                f"{name}: {probe.objection}, so the low-rank part can't be applied inside it. Use a DynamicCache per adapter"
+            )
         return probe
 
     def states(projected: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,7 +278,7 @@ def _find_layout(
     if value_delta is not None and not explains(heads(value_delta), after[1] - before[1]):
         raise UnsupportedModelError(
             f"{name}: its values are not v_proj's output split into heads of {head_dim}, so an adapter on v_proj has no "
-            "low-rank form"
+            "low-rank form. Adapters without v_proj work"
         )
     if sources["k_proj"] not in widths:
         return replace(NO_ROTATION, head_dim=head_dim, key_heads=key_heads)

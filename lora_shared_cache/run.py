@@ -29,6 +29,7 @@ def shared_cache_in(args: tuple, kwargs: dict[str, Any]) -> SharedLoRACache | No
     return cast("SharedLoRACache", cache) if isinstance(cache, SharedCacheBase) else None
 
 
+@torch.compiler.disable
 def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The attention layer's forward with a shared cache."""
     now = forward_scope.get()

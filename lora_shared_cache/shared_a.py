@@ -118,6 +118,10 @@ class SharedAProjection:
         lines = [f"shared A of rank {self.rank}: relative error of each adapter's update", " " * width + _cells(names)]
         for path, errors in self.errors.items():
             lines.append(f"{path:<{width}}" + _cells(f"{errors[name]:.2e}" for name in names))
+        # Of many layers the last line is what is read.
+        for projection in dict.fromkeys(path.rpartition(".")[2] for path in self.errors):
+            of = [e for path, layer in self.errors.items() if path.endswith(projection) for e in layer.values()]
+            lines.append(f"{projection}: mean {sum(of) / len(of):.1%}, largest {max(of):.1%}")
         return "\n".join(lines)
 
 
@@ -235,6 +239,8 @@ def _set_up(module: Any, name: str, weight: torch.Tensor, scaling: float) -> Non
 
 def _names(model: nn.Module, adapters: Iterable[str] | None, source: str | None) -> list[str]:
     loaded = list(getattr(model, "peft_config", None) or {})
+    if not loaded:
+        raise UnsupportedAdapterError("the model has no adapters; load some")
     names = loaded if adapters is None else list(dict.fromkeys([adapters] if isinstance(adapters, str) else adapters))
     missing = [name for name in [*names, *([source] if source is not None else [])] if name not in loaded]
     if missing or not names:

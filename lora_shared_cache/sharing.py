@@ -219,13 +219,13 @@ def sharing_report(
         ValueError: nothing to score, an unknown policy, or a text without a tokenizer.
     """
     loaded = list(getattr(model, "peft_config", None) or {})
-    names = loaded if adapters is None else list(adapters)
+    names = loaded if adapters is None else [adapters] if isinstance(adapters, str) else list(adapters)
     turns = _turns(text, names, tokenizer)
     names = list(dict.fromkeys(name for name, _ in turns))
     missing = [name for name in names if name not in loaded]
     if missing:
         raise UnsupportedAdapterError(f"adapters {missing} are not loaded; the model has {loaded}")
-    policies = None if policies is None else list(policies)
+    policies = [policies] if isinstance(policies, str) else None if policies is None else list(policies)
     for name in policies or ():
         policy_arguments(name)
     with _as_it_was(model), torch.no_grad():

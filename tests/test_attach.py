@@ -615,20 +615,23 @@ def test_an_attached_model_compiles_without_graph_breaks():
     torch._dynamo.reset()
 
 
-def test_a_compiled_model_runs_with_a_shared_cache():
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_compiled_model_runs_with_a_shared_cache(attached):
     """Its passes are left out of the compiled graphs; decode steps on CUDA have captured ones."""
     model = with_adapters(tiny_llama(torch.float32), NAMES)
-    attach(model)
+    if attached:
+        attach(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     results = []
     with torch.no_grad():
-        for run in (model, compiled):
+        for run in (compiled, model):
             cache = SharedLoRACache()
             results.append([run(part, past_key_values=cache).logits for part in tokens(12).split([9, 1, 2], dim=1)])
     torch._dynamo.reset()
-    for expected, actual in zip(*results, strict=True):
+    for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+    assert model.config._attn_implementation != "shared_lora"
 
 
 def test_a_cache_first_used_with_the_decoder_alone_goes_on_with_the_whole_model():

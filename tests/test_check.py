@@ -134,7 +134,7 @@ def test_adapters_that_can_not_be_split(saved, tmp_path, settings, words):
 
 def test_the_command(saved, capsys):
     named = [f"{name}={path}" for name, path in adapters(saved, "separate").items()]
-    main(["check", "--model", str(saved / "base"), "--adapter", *named])
+    main(["check", "--model", str(saved / "base"), "--adapters", *named])
     assert "can share a cache" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="OSError"):
         main(["check", "--model", str(saved / "nothing")])

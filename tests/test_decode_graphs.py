@@ -442,8 +442,9 @@ def test_a_full_cache_refuses_before_anything_is_overwritten(device):
     model = model_on(device)
     cache = SharedLoRACache(max_cache_len=20)
     ids = prompt(device, n=9)
-    with pytest.raises(SharedCacheError, match="max_cache_len is 20"):
-        generate(model, ids, cache, new=30)
+    last = generate(model, ids, cache, new=12)[:, -1:]
+    with pytest.raises(SharedCacheError, match="21 tokens, but max_cache_len is 20"):
+        model(input_ids=last, past_key_values=cache)
     assert cache.trajectory_length == 20
     text = torch.cat((ids, prompt(device, n=1)), dim=1)
     fresh = SharedLoRACache(cuda_graphs=False)

@@ -420,10 +420,13 @@ def test_a_wrong_batch_size_is_a_clear_error():
 def test_max_cache_len_is_an_error_before_it_is_exceeded():
     model, plain = one_agent()
     cache = SharedLoRACache(max_cache_len=15)
-    with pytest.raises(ValueError, match="max_cache_len is 15"):
+    logits(model, prompt()[:, :8], cache)
+    # Before anything is run: in the middle of generate, what was generated would be lost.
+    with pytest.raises(ValueError, match=f"up to {11 + NEW} tokens, 12 of the prompt .* max_cache_len is 15"):
         generate(model, prompt(), cache)
+    assert cache.trajectory_length == 8
+    assert_same(generate(model, prompt(), cache, max_new_tokens=4), generate(plain, prompt(), max_new_tokens=4))
     assert cache.trajectory_length == 15
-    assert torch.equal(cache.token_ids, generate(plain, prompt()).sequences[:, :15])
     fits = SharedLoRACache(max_cache_len=12 + NEW - 1)
     assert_same(generate(model, prompt(), fits), generate(plain, prompt()))
 

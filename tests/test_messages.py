@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_shared_cache import SharedCacheError, SharedLoRACache, TrajectoryError, attach, graphs, sharing_report
+from lora_shared_cache import (
+    SharedCacheError,
+    SharedLoRACache,
+    TrajectoryError,
+    attach,
+    graphs,
+    share_down_projections,
+    sharing_report,
+)
 from lora_shared_cache.errors import UnsupportedAdapterError, UnsupportedModelError
 
 from .conftest import emulate_graphs
@@ -28,6 +36,11 @@ def late_with_a_mask_of_its_own(model, cache):
     logits(model, tokens(8)[:, 6:], cache, attention_mask=mask, position_ids=torch.tensor([[6, 7]]))
 
 
+def mask_of_other_width(model, cache):
+    mask = torch.zeros(1, 1, 2, 5, dtype=torch.float64)
+    logits(model, tokens(8)[:, 6:], cache, attention_mask=mask, position_ids=torch.tensor([[6, 7]]))
+
+
 PROVOKE = {
     "outside of its model's forward pass; call the model": (
         UnsupportedModelError,
@@ -38,6 +51,10 @@ PROVOKE = {
         lambda model, cache: model.get_base_model().model(past_key_values=cache),
     ),
     "has not seen tokens 0 to 6; pass them, with a mask for them": (TrajectoryError, late_with_a_mask_of_its_own),
+    "the attention_mask has 5 columns, expected 8, one for each token, cached or new": (
+        TrajectoryError,
+        mask_of_other_width,
+    ),
     "drop_adapter: no adapter 'critic'; known are 'act', 'plan'": (
         SharedCacheError,
         lambda model, cache: cache.drop_adapter("critic"),
@@ -97,6 +114,11 @@ def test_unknown_backend(monkeypatch):
 def test_a_report_without_adapters():
     with pytest.raises(UnsupportedAdapterError, match="the model has no adapters; load some, or give turns"):
         sharing_report(tiny_llama(), tokens(20), progress=False)
+
+
+def test_shared_a_without_adapters():
+    with pytest.raises(UnsupportedAdapterError, match="the model has no adapters; load some"):
+        share_down_projections(tiny_llama())
 
 
 def in_training(model, cache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -194,7 +195,7 @@ def test_what_cannot_be_split_is_an_error_and_not_a_skipped_policy():
         report(model, [("plan", tokens(4)), ("act", tokens(4)), ("plan", tokens(2))])
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import PreTrainedTokenizerFast
 
@@ -235,3 +236,7 @@ def test_command(tmp_path, capsys):
             main([*arguments, *wrong])
         assert stopped.value.code not in (0, None)
         assert message in (str(stopped.value.code) + capsys.readouterr().err)
+    # Said before the replay, which may take minutes.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="--plot needs matplotlib: pip install matplotlib"):
+        main([*arguments, *adapters, "--plot", str(tmp_path / "none.png")])
