@@ -136,22 +136,9 @@ def _check_prompt(
     return limit, columns
 
 
-def _settings(attachment: Attachment, args: tuple, kwargs: dict[str, Any]) -> Callable[[str], Any]:
-    """Looks up a generation setting as ``generate`` does: its own argument, else that of the generation config."""
-    config = (
-        kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or attachment.root.generation_config
-    )
-
-    def setting(name: str) -> Any:
-        value = kwargs.get(name)
-        return value if value is not None else getattr(config, name, None)
-
-    return setting
-
-
 def _check_room(attachment: Attachment, cache: SharedLoRACache, args: tuple, kwargs: dict[str, Any]) -> None:
     """Refuse what may not fit before anything is run: in the middle of ``generate`` the generated text would be lost."""
-    inputs, new = _inputs(args, kwargs), _settings(attachment, args, kwargs)("max_new_tokens")
+    inputs, new = _inputs(args, kwargs), _setting(attachment, args, kwargs, "max_new_tokens")
     if cache.max_cache_len is None or inputs is None or new is None:
         return
     mask = kwargs.get("attention_mask")
