@@ -157,12 +157,53 @@ def test_every_class_of_errors_is_named():
     assert [name for name in classes if f"| `{name}` |" not in page] == []
 
 
-def test_page_of_results_is_what_the_results_say():
-    """``python docs/benchmarks_page.py`` after new results."""
-    spec = importlib.util.spec_from_file_location("benchmarks_page", DOCS / "benchmarks_page.py")
+def script_of_docs(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    page = script.page()
+    return script
+
+
+def test_numbers_in_pages_are_those_of_the_results():
+    """``python docs/results_in_pages.py`` after new results."""
+    script = script_of_docs("results_in_pages")
+    used = set()
+    for page in script.PAGES:
+        text = page.read_text()
+        used |= {match[1] for match in script.BLOCK.findall(text)}
+        # Every mark opens a block that is written.
+        assert text.count("<!-- numbers: ") == len(script.BLOCK.findall(text)) > 0
+        assert script.filled(page) == text, f"{page.name}: python docs/results_in_pages.py"
+        assert "nan" not in text.split()
+    assert used == set(script.BLOCKS)
+
+
+def test_picture_shows_the_results():
+    image = pytest.importorskip("PIL.Image")
+    script = script_of_docs("results_in_pages")
+    with image.open(script.PICTURE) as picture:
+        assert picture.text["Description"] == script.digest(script.picture_data()), "python docs/results_in_pages.py"
+
+
+def test_new_results_change_the_numbers(monkeypatch):
+    """Rows are found by what they are, and several runs are a range."""
+    script = script_of_docs("results_in_pages")
+    rows = script.trace_rows(gpu=True)
+    here = script.having(rows, **script.GPU)
+    again = [dict(row, source="new.json", commit="new") for row in here]
+    slower = [dict(row, end_to_end_s=99.0) if row["variant"] == "lr_precomputed" else row for row in again]
+    cpu = script.trace_rows(gpu=False)
+    monkeypatch.setattr(script, "trace_rows", lambda gpu: rows + slower if gpu else cpu)
+    line = next(text for text in script.episode_gpu("").splitlines() if "`lr_precomputed`, `max_cache_len=`" in text)
+    assert "to 99.0 s" in line and "benchmarks/new.json" in script.episode_gpu("")
+    longer = [dict(row, total=65536, end_to_end_s=77.0) for row in again]
+    monkeypatch.setattr(script, "trace_rows", lambda gpu: rows + longer if gpu else cpu)
+    assert "At 65,536 tokens: 77.0 s with `lr_precomputed`" in script.episode_gpu("").replace("\n", " ")
+
+
+def test_page_of_results_is_what_the_results_say():
+    """``python docs/benchmarks_page.py`` after new results."""
+    page = script_of_docs("benchmarks_page").page()
     assert page == (DOCS / "benchmarks.md").read_text()
     assert "nan" not in page.split() and "**0.69×**" in page  # losses are there, and marked
 

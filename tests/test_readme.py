@@ -25,7 +25,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     snippets = SNIPPET.findall((ROOT / "README.md").read_text())
-    assert len(snippets) >= 2
+    assert len(snippets) >= 1
     namespace: dict[str, object] = {}
     # The one change: the model comes from a folder instead of the hub.
     hub_id = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
@@ -34,5 +34,4 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
         exec(compile(snippet.replace(hub_id, repr(str(tmp_path))), "README.md", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "'plan'" in printed and "'action'" in printed and "non_shared" in printed
-    cache = namespace["cache"]
-    assert cache.trajectory_length == 0  # the last snippet ends with reset()
+    assert namespace["cache"].trajectory_length == namespace["text"].shape[1] - 1
