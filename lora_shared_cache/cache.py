@@ -843,11 +843,7 @@ class SharedLoRACache(SharedCacheBase):
         # PEFT looks for them once per call of it, so in later steps its numbers no longer count from the end.
         if self._prompt_invocations is None or self._prompt_invocations[0] is not offsets:
             self._prompt_invocations = (offsets, self._invocations(agent, ids, offsets))
-        starts = self._prompt_invocations[1]
-        if len(starts) != len(ids):
-            repeats = len(ids) // len(starts)  # num_return_sequences
-            starts = tuple(start for start in starts for _ in range(repeats))
-        return starts
+        return self._prompt_invocations[1]
 
     def _check_activated(self, attachment: Attachment, agent: Agent) -> str | None:
         """The agent's adapter that is active from an invocation on, if there is one.

@@ -66,10 +66,14 @@ def _find_invocations(attachment: Attachment, cache: SharedLoRACache, args: tupl
     mask = kwargs.get("attention_mask")
     before = mask.shape[1] - inputs.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else 0
     recorded = cache.token_ids
-    if before > 0 and recorded is not None and len(recorded) == len(inputs):
-        inputs = torch.cat((recorded[:, :before].to(inputs.device), inputs), dim=1)
+    if before > 0 and recorded is not None and len(recorded) % len(inputs) == 0:
+        # Rows are repeated already for several sequences.
+        recorded = recorded[:: len(recorded) // len(inputs), :before]
+        inputs = torch.cat((recorded.to(inputs.device), inputs), dim=1)
     offsets = peft_adapters.alora_offsets_argument(attachment.lora_layers)
-    cache._prompt_invocations = (offsets, cache._invocations([name], inputs, offsets))
+    starts = cache._invocations([name], inputs, offsets)
+    repeats = _setting(attachment, args, kwargs, "num_return_sequences") or 1
+    cache._prompt_invocations = (offsets, tuple(start for start in starts for _ in range(repeats)))
 
 
 def _inputs(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:

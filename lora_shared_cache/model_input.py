@@ -118,7 +118,8 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
         stop=stop,
         previous=trajectory.length,
         writers=writers,
-        readers=policy.readers(agent),
+        # An aLoRA may have no entries yet for what it walks through.
+        readers=[] if blind else policy.readers(agent),
         group=policy.group,
         zeros_from=zeros_from,
         invocations=invocations,

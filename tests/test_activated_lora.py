@@ -44,11 +44,10 @@ def asked(ids: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def generate(model, ids, cache, **settings):
-    settings.setdefault("attention_mask", torch.ones_like(ids))
+    settings = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6) | settings
     return model.generate(
-        input_ids=ids, past_key_values=cache, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True,
-        **settings,
-    )  # fmt: skip
+        input_ids=ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **settings
+    )
 
 
 def assert_same(ours, theirs):
@@ -156,6 +155,35 @@ def test_however_the_tokens_come(how):
         ours = generate(model, ids[:, cache.trajectory_length :], cache, attention_mask=torch.ones_like(ids))
         ours.sequences = torch.cat((ids[:, : 12 + 4 - (ours.sequences.shape[1] - 6)], ours.sequences), dim=1)
     assert_same(ours, theirs)
+
+
+def test_chunks_walk_through_what_sliding_layers_no_longer_hold():
+    """Transformers 5.17 feeds all chunks of a prompt, also those that are cached."""
+    model = agents_model(tiny_mistral(sliding_window=5))
+    plain, cache, ids = twin(model), SharedLoRACache(), text(150)
+    activate(model, None)
+    logits(model, ids, cache)
+    for m in (model, plain):
+        activate(m, "judge")
+    assert_same(
+        generate(model, asked(ids, "judge"), cache, prefill_chunk_size=30), generate(plain, asked(ids, "judge"), None)
+    )
+
+
+def test_several_sequences():
+    """PEFT alone does not repeat the place of the invocation for them, and fails; so greedily, all are the one sequence."""
+    model = agents_model()
+    plain, cache, ids = twin(model), SharedLoRACache(), text(12)
+    activate(model, None)
+    logits(model, ids, cache)
+    cache.batch_repeat_interleave(3)
+    for m in (model, plain):
+        activate(m, "check")
+    settings = dict(do_sample=True, top_k=1, num_return_sequences=3)
+    ours, theirs = generate(model, asked(ids, "check"), cache, **settings), generate(plain, asked(ids, "check"), None)
+    assert torch.equal(ours.sequences, theirs.sequences.expand(3, -1))
+    for a, b in zip(ours.logits, theirs.logits, strict=True):
+        assert_equal_logits(a, b.expand(3, -1), 1e-5)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Phi with norms", "HunYuanDenseV1"])
