@@ -375,19 +375,6 @@ def test_chunked_equals_unchunked_in_what_is_stored(sizes, sharing):
         )
 
 
-@pytest.mark.parametrize("how", ["linear", "cat", "svd"])
-def test_a_weighted_adapter_made_of_others_is_an_adapter(how):
-    model = with_adapters(tiny_llama(), {"one": lora(rank_pattern={}), "two": lora(rank_pattern={})})
-    model.add_weighted_adapter(["one", "two"], [0.7, 0.4], "mix", combination_type=how)
-    model.eval()
-    plain = twin(model)
-    mixed = _as(plain, "mix", lambda m: reference(m, tokens(14)))
-    for alone in ("one", "two"):
-        assert difference(mixed, _as(plain, alone, lambda m: reference(m, tokens(14)))) > 0.05
-    # svd computes in float32; what it gave is content like any other.
-    assert_exact(model, agent="mix", sharing="base_shared", splits=[[14], [6, 7, 1]])
-
-
 def test_block_diagonal_adapters_are_plain_lora():
     """MELoRA: a number of small adapters side by side, as one A and one B with blocks on the diagonal."""
     blocks, r = 2, 2

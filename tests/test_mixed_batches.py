@@ -66,7 +66,7 @@ class RowsAlone:
                 positions = (mask[row : row + 1].cumsum(-1) - 1).clamp(min=0)
                 settings = dict(attention_mask=mask[row : row + 1], position_ids=positions[:, cache.get_seq_length() :])
             out.append(logits(self.model, ids[row : row + 1], cache, **settings))
-        activate(self.model, "plan")
+        activate(self.model, next(name for name in self.names if name != "__base__"))
         return torch.cat(out)
 
 
