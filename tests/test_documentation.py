@@ -196,9 +196,9 @@ def test_new_results_change_the_numbers(monkeypatch):
     monkeypatch.setattr(script, "trace_rows", lambda gpu: rows + slower if gpu else cpu)
     line = next(text for text in script.episode_gpu("").splitlines() if "`lr_precomputed`, `max_cache_len=`" in text)
     assert "to 99.0 s" in line and "benchmarks/new.json" in script.episode_gpu("")
-    longer = [dict(row, total=65536, end_to_end_s=77.0) for row in again]
+    longer = [dict(row, total=131072, end_to_end_s=77.0) for row in again]
     monkeypatch.setattr(script, "trace_rows", lambda gpu: rows + longer if gpu else cpu)
-    assert "At 65,536 tokens: 77.0 s with `lr_precomputed`" in script.episode_gpu("").replace("\n", " ")
+    assert "At 131,072 tokens: 77.0 s with `lr_precomputed`" in script.episode_gpu("").replace("\n", " ")
 
 
 def test_page_of_results_is_what_the_results_say():
