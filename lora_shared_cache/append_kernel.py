@@ -31,8 +31,17 @@ def _append_kernel(  # type: ignore[no-untyped-def]
             tl.store(p_t, b_x.to(TARGETS[j].dtype.element_ty), mask=m)
 
 
+# The kernel has a branch per job, so what the compiler needs grows with them; 20 adapters have 42.
+MAX_JOBS = 16
+
+
 def append_token_kernel(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Write tokens (B, H, 1, D) or (B, 1, r) into storage (B, H, T, D) or (B, T, r) at ``index``."""
+    for first in range(0, len(jobs), MAX_JOBS):
+        _launch(index, jobs[first : first + MAX_JOBS])
+
+
+def _launch(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     four = [tuple(t if t.dim() == 4 else t[:, None] for t in job) for job in jobs]
     targets = tuple(target for target, _ in four)
     sources = tuple(new if new.stride(-1) == 1 else new.contiguous() for _, new in four)

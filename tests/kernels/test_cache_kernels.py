@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from lora_shared_cache import append_kernel
 from lora_shared_cache.append import append_token
 from lora_shared_cache.append_kernel import append_token_kernel
 from lora_shared_cache.buffers import NotReserved, TokenBuffer
@@ -19,9 +20,10 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("place", [0, 6])
-def test_one_token_into_many_buffers(rows, place):
+@pytest.mark.parametrize("rows, place, most", [(1, 0, 16), (1, 6, 2), (3, 0, 2), (3, 6, 16)])
+def test_one_token_into_many_buffers(rows, place, most, monkeypatch):
+    monkeypatch.setattr(append_kernel, "MAX_JOBS", most)
+
     def random(*shape, dtype=torch.float32):
         return torch.randn(*shape, device=device()).to(dtype)
 
