@@ -271,7 +271,14 @@ def _find_layout(
     fused = sources["k_proj"] if sources["k_proj"] == sources["v_proj"] else None
     splits: list[FusedColumns | None] = [None]
     if fused is not None and fused in widths:
-        splits = list(_splits(base[fused][0], before[1][0], key_heads * head_dim))
+        projected, values = base[fused][0], before[1][0]
+        if dtype != torch.float32:
+            # Random numbers of 16 bits repeat: each column gets one of its own, in two digits that are exact there.
+            column = torch.arange(widths[fused], device=device)
+            digits = torch.stack((column % 256, column // 256, torch.zeros_like(column)))
+            values = states({fused: digits.to(dtype)[None]})[1][0]
+            projected, values = column[None].float(), values[:, :1] + 256 * values[:, 1:2]
+        splits = list(_splits(projected, values, key_heads * head_dim))
         if not splits:
             raise UnsupportedModelError(f"{name}: its values are not columns of what {fused} gives")
     value_delta = delta_of("v_proj", splits[0])

@@ -327,11 +327,11 @@ def test_a_norm_taken_for_another_is_noticed(mistake, monkeypatch):
         logits(normed(family), tokens(5), SharedLoRACache())
 
 
-@pytest.mark.parametrize("family", ["StableLm with norms", "Phi with norms", "HunYuanDenseV1"])
+@pytest.mark.parametrize("family", ["StableLm with norms", "Phi with norms", "Persimmon", "HunYuanDenseV1"])
 def test_bfloat16(family):
     """nn.LayerNorm in bfloat16 is tried in bfloat16."""
     model = build(family, torch.float32, **FAMILIES[family])
-    model = with_adapters(model, {"one": lora(target_modules=["q_proj", "k_proj", "v_proj"], **KV)})
+    model = with_adapters(model, {"one": lora(target_modules=["q_proj", "k_proj", "v_proj", "query_key_value"], **KV)})
     expected = reference(twin(model), tokens(12))
     model = model.to(torch.bfloat16)
     theirs = (reference(twin(model), tokens(12)).float() - expected).norm()
