@@ -27,6 +27,7 @@ from .buffers import window_and_margin
 from .cache import SharedLoRACache
 from .digest import digest
 from .errors import UnsupportedAdapterError, UnsupportedModelError
+from .layout import RotaryLayout
 from .storage import sliding_windows
 
 CONTEXTS = (8192, 32768, 131072)
@@ -54,6 +55,7 @@ class CheckResult:
         shared_a: the adapters have the same A's on k_proj and v_proj.
         ranks: by adapter, the numbers per token and layer that are stored (r_k + r_v), averaged over the layers.
         bytes_per_token: "base" (K and V of all layers), "low_rank" by adapter; in the config's dtype (bfloat16 if it names none).
+            Where the model normalises keys that adapters change also "norms", by adapter, and "norms_of_base".
         window: tokens that layers with a sliding window read; None: there are no such layers.
         sliding_share: the part of "base" that is theirs (and of "low_rank", where adapters are alike on all layers).
         notes: what is worth knowing besides.
@@ -85,6 +87,8 @@ class CheckResult:
         """
         base, low_rank = self.bytes_per_token["base"], self.bytes_per_token["low_rank"]
         stored = max(low_rank.values(), default=0) if self.shared_a else sum(low_rank.values())
+        # Norms belong to each adapter, also where A is shared.
+        stored += sum(self.bytes_per_token.get("norms", {}).values()) + self.bytes_per_token.get("norms_of_base", 0)
         agents = max(1, len(low_rank))
         full, sliding = 1 - self.sliding_share, self.sliding_share
         held = seen = others = 0
@@ -165,11 +169,12 @@ def check(model: str | Path, adapters: dict[str, str | Path] | None = None) -> C
                 f"no adapter was given: a LoRA with r=16 on {', '.join(wanted) or 'q_proj, k_proj and v_proj'} is assumed, twice"
             )
             configs = {name: LoraConfig(r=16, target_modules=wanted, task_type="CAUSAL_LM") for name in ("one", "two")}
-        fused = _describe(whole, text_config, configs, result)
-        widths = _try(text_config, configs, result)
+        fused, on_keys = _describe(whole, text_config, configs, result)
+        widths, layouts = _try(text_config, configs, result)
+        size = (getattr(text_config, "dtype", None) or torch.bfloat16).itemsize
         if fused:
-            size = (getattr(text_config, "dtype", None) or torch.bfloat16).itemsize
             result.bytes_per_token["base"] += sum(widths[name] * n * size for name, n in fused.items())
+        _count_norms(layouts, on_keys, size, result)
         weights = {name: load_peft_weights(str(path), device="cpu") for name, path in (adapters or {}).items()}
         result.shared_a = _share_a(weights) if len(weights) > 1 else None
     except (UnsupportedModelError, UnsupportedAdapterError) as error:
@@ -186,11 +191,14 @@ def check(model: str | Path, adapters: dict[str, str | Path] | None = None) -> C
     return result
 
 
-def _describe(whole: Any, config: Any, configs: dict[str, PeftConfig], result: CheckResult) -> dict[str, int]:
+def _describe(
+    whole: Any, config: Any, configs: dict[str, PeftConfig], result: CheckResult
+) -> tuple[dict[str, int], list[tuple[str, set[str]]]]:
     """Attention classes and bytes per token, on the meta device.
 
     Returns:
-        Classes with a fused projection, with how many of each: what part of its width is K and V only a trial shows.
+        Classes with a fused projection, with how many of each: what part of its width is K and V only a trial shows. And of each
+        layer its class and the adapters on its keys.
     """
     check_model_wide(whole, configs, tuple(configs))
     attach(whole)
@@ -209,10 +217,12 @@ def _describe(whole: Any, config: Any, configs: dict[str, PeftConfig], result: C
     assert attachment is not None
     base = sliding = whole = 0
     fused: dict[str, int] = {}
+    on_keys: list[tuple[str, set[str]]] = []
     windows = sliding_windows(config)
     for index, layer in attachment.layers.items():
+        name = type(layer.module).__name__
+        on_keys.append((name, set(getattr(layer.projection("k_proj"), "lora_A", {}).keys())))
         if len(layer.modules) == 1:
-            name = type(layer.module).__name__
             fused[name] = fused.get(name, 0) + 1
         for which in layer.modules:
             projection = layer.projection(which)
@@ -226,7 +236,24 @@ def _describe(whole: Any, config: Any, configs: dict[str, PeftConfig], result: C
     result.window, result.sliding_share = max(windows.values(), default=None), sliding / whole
     result.bytes_per_token = dict(base=base * size, low_rank={name: n * size for name, n in numbers.items()})
     detach(peft_model)
-    return fused
+    return fused, on_keys
+
+
+def _count_norms(
+    layouts: dict[str, RotaryLayout], on_keys: list[tuple[str, set[str]]], size: int, result: CheckResult
+) -> None:
+    """Bytes per token of the numbers that split norms of keys: float32, of a bias ``size`` bytes each."""
+    of_base, of_adapters = 0, dict.fromkeys(result.bytes_per_token["low_rank"], 0)
+    for attention, names in on_keys:
+        norm = layouts[attention].key_norm if names and attention in layouts else None
+        if norm is None:
+            continue
+        numbers = layouts[attention].key_heads if norm.per_head else 1
+        of_base += 4 * numbers
+        for name in names:
+            of_adapters[name] += numbers * (2 * 4 + (0 if norm.bias is None else size))
+    if of_base:
+        result.bytes_per_token |= dict(norms=of_adapters, norms_of_base=of_base)
 
 
 def _with_adapters(model: Any, configs: dict[str, PeftConfig]) -> PeftModel:
@@ -274,11 +301,13 @@ def _lists_per_layer(config: Any) -> dict[str, list[Any]]:
 
 
 @torch.no_grad()
-def _try(config: Any, configs: dict[str, PeftConfig], result: CheckResult) -> dict[str, int]:
+def _try(
+    config: Any, configs: dict[str, PeftConfig], result: CheckResult
+) -> tuple[dict[str, int], dict[str, RotaryLayout]]:
     """The first adapter on the small model, through PEFT alone and through the shared cache.
 
     Returns:
-        Numbers of K and V per token and layer, by attention class.
+        By attention class: numbers of K and V per token and layer, and what was found of it.
     """
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -288,6 +317,9 @@ def _try(config: Any, configs: dict[str, PeftConfig], result: CheckResult) -> di
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.5 / parameter.shape[-1] ** 0.5)
+            elif parameter.dim() == 1:
+                # Biases and weights of norms: 0 and 1 would show nothing of what they do.
+                parameter.add_(0.2 * torch.randn_like(parameter))
         peft_model = peft_model.eval()
         peft_model.set_adapter(next(iter(configs)))
         ids = torch.randint(1, 60, (1, _TOKENS))
@@ -298,7 +330,9 @@ def _try(config: Any, configs: dict[str, PeftConfig], result: CheckResult) -> di
         actual = torch.cat([peft_model(piece, past_key_values=shared).logits for piece in pieces], dim=1)
         attachment = attachment_of(peft_model)
         assert attachment is not None
-        widths = {type(attachment.layers[i].module).__name__: layer.width for i, layer in enumerate(shared.layers)}
+        names = {i: type(layer.module).__name__ for i, layer in attachment.layers.items()}
+        widths = {names[i]: layer.width for i, layer in enumerate(shared.layers)}
+        layouts = {names[i]: layer.layout for i, layer in attachment.layers.items() if layer.layout is not None}
         detach(peft_model)
     finally:
         torch.random.set_rng_state(torch_state)
@@ -309,7 +343,7 @@ def _try(config: Any, configs: dict[str, PeftConfig], result: CheckResult) -> di
             f"{classes}: on a model of this shape the shared cache gave logits that differ from PEFT's by {result.error:.1e} "
             "of the largest. Please report this model"
         )
-    return widths
+    return widths, layouts
 
 
 def _share_a(weights: dict[str, dict[str, torch.Tensor]]) -> bool:
@@ -325,10 +359,18 @@ def _share_a(weights: dict[str, dict[str, torch.Tensor]]) -> bool:
 
 
 def _notes(result: CheckResult) -> list[str]:
+    notes = []
+    if "norms" in result.bytes_per_token:
+        norms, base = result.bytes_per_token["norms"], result.bytes_per_token["norms_of_base"]
+        each = ", ".join(f"{name} {n}" for name, n in norms.items())
+        notes.append(
+            f"keys are normalised, which takes numbers of their own (counted above): {each} bytes per token, and {base} for all"
+        )
     if result.window is None:
-        return []
+        return notes
     more = 2 * (window_and_margin(result.window) - result.window)
     return [
+        *notes,
         f"{result.sliding_share:.0%} of K and V are in layers with a sliding window of {result.window} tokens, which keep those "
-        f"and up to {more} more"
+        f"and up to {more} more",
     ]

@@ -82,6 +82,17 @@ def test_a_fused_projection(tmp_path):
     assert result.bytes_per_token == {"base": 2 * 16 * 5 * 2, "low_rank": dict.fromkeys(("one", "two"), 16 * 5 * 2)}
 
 
+def test_what_norms_of_keys_take(tmp_path):
+    build("Phi with norms", **FAMILIES["Phi with norms"]).config.save_pretrained(tmp_path)
+    result = check(tmp_path)
+    # Two layers, two heads: two numbers in float32 and one in bfloat16 for the bias; one of the base's.
+    numbers = {name: 2 * 2 * (2 * 4 + 2) for name in ("one", "two")}
+    assert result.bytes_per_token["norms"] == numbers and result.bytes_per_token["norms_of_base"] == 2 * 2 * 4
+    others = result.bytes_per_token["base"] + sum(result.bytes_per_token["low_rank"].values())
+    assert result.memory(10)["shared"] == 10 * (others + 2 * 40 + 16)
+    assert "normalised" in result.notes[-1] and "two 40" in result.notes[-1]
+
+
 def test_every_kind_of_layer_is_tried(tmp_path):
     config = transformers.Gemma2Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,

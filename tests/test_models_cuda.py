@@ -36,7 +36,14 @@ KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "key norm per head": ("qwen3", dict(), QKV),
     "key norm, full width": ("olmo2", NO_HEAD_DIM, QKV),
     "key LayerNorm": ("stablelm", dict(qk_layernorm=True, **NO_HEAD_DIM), QKV),
+    "key LayerNorm, bias": ("phi", dict(qk_layernorm=True, **NO_HEAD_DIM), QKV),
+    "key LayerNorm, bias, fused": (
+        "persimmon",
+        dict(qk_layernorm=True, head_dim=None, num_key_value_heads=None),
+        ["query_key_value"],
+    ),
     "norm after RoPE": ("nanochat", NO_HEAD_DIM, QKV),
+    "norm after RoPE, weights": ("hunyuan_v1_dense", dict(), QKV),
     "complex RoPE": (
         "llama4_text",
         dict(intermediate_size_mlp=256, use_qk_norm=True, no_rope_layers=[1, 0], attention_chunk_size=512, **MOE),
