@@ -30,49 +30,67 @@ from .tiny import (
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 
-def torchao_int8():
+def load(path, device, config):
+    return transformers.LlamaForCausalLM.from_pretrained(
+        path, quantization_config=config, device_map=device, dtype=torch.float32
+    )
+
+
+def torchao_int8(path, device):
     from torchao.quantization import Int8WeightOnlyConfig
 
-    return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    return load(path, device, transformers.TorchAoConfig(Int8WeightOnlyConfig()))
 
 
-def bitsandbytes_8bit():
-    return transformers.BitsAndBytesConfig(load_in_8bit=True)
+def bitsandbytes_8bit(path, device):
+    return load(path, device, transformers.BitsAndBytesConfig(load_in_8bit=True))
 
 
-def bitsandbytes_4bit():
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_type="nf4"
-    )
+def bitsandbytes_4bit(path, device):
+    settings = dict(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_type="nf4")
+    return load(path, device, transformers.BitsAndBytesConfig(**settings))
+
+
+def hqq_4bit(path, device):
+    """By HQQ itself: Transformers 5.23 does not quantise with it."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
+
+    HQQLinear.set_backend(HQQBackend.PYTORCH)
+    model = load(path, device, None)
+    settings = dict(compute_dtype=torch.float32, device=device)
+    for parent in list(model.model.layers.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(parent, name, HQQLinear(child, BaseQuantizeConfig(nbits=4, group_size=16), **settings))
+    return model
 
 
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def kind(config, package, device="cpu"):
+def kind(quantised, package, device="cpu"):
     missing = pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")
     marks = [missing, *(cuda if device == "cuda" else [])]
-    return pytest.param(config, device, marks=marks, id=f"{config.__name__}-{device}")
+    return pytest.param(quantised, device, marks=marks, id=f"{quantised.__name__}-{device}")
 
 
 @pytest.mark.parametrize(
-    ("config", "device"),
+    ("quantised", "device"),
     [
         kind(torchao_int8, "torchao"),
+        kind(hqq_4bit, "hqq"),
         kind(bitsandbytes_4bit, "bitsandbytes"),
         kind(bitsandbytes_8bit, "bitsandbytes"),
         kind(bitsandbytes_4bit, "bitsandbytes", "cuda"),
         kind(bitsandbytes_8bit, "bitsandbytes", "cuda"),
     ],
 )
-def test_the_base_is_quantised(config, device, tmp_path):
+def test_the_base_is_quantised(quantised, device, tmp_path):
     # Quantisation wants wider layers than the other tests have.
     shape = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     full = finish(transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)), torch.float32)
     full.save_pretrained(tmp_path)
-    model = transformers.LlamaForCausalLM.from_pretrained(
-        tmp_path, quantization_config=config(), device_map=device, dtype=torch.float32
-    )
+    model = quantised(tmp_path, device)
     ids = tokens(16).to(device)
     assert difference(reference(model, ids), reference(full.to(device), ids)) > 1e-3, "quantised"
     model = with_adapters(model, {"plan": lora(), "act": lora(r=2, rank_pattern={})})
