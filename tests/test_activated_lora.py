@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import DynamicCache
 
 from lora_shared_cache import SharedLoRACache, TrajectoryError, UnsupportedAdapterError
@@ -168,6 +169,24 @@ def test_chunks_walk_through_what_sliding_layers_no_longer_hold():
     assert_same(
         generate(model, asked(ids, "judge"), cache, prefill_chunk_size=30), generate(plain, asked(ids, "judge"), None)
     )
+
+
+def test_saved_loaded_and_left_padded_past_a_window(tmp_path):
+    model = agents_model(tiny_mistral(sliding_window=9))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_mistral(sliding_window=9), tmp_path / "judge", adapter_name="judge").eval()
+    ids, mask = text(150, rows=3), torch.ones(3, 150, dtype=torch.long)
+    ids[1, :2] = mask[1, :2] = ids[2, :5] = mask[2, :5] = 0
+    cache, question = SharedLoRACache(), asked(ids, "judge")
+    activate(loaded, None)
+    logits(loaded, ids, cache, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    mask = torch.cat((mask, torch.ones(3, question.shape[1] - 150, dtype=torch.long)), dim=1)
+    for m in (model, loaded):
+        activate(m, "judge")
+    counter = TokenCounter(loaded)
+    ours = generate(loaded, question, cache, attention_mask=mask)
+    assert sum(counter.take()) == question.shape[1] - 150 + 5
+    assert_same(ours, generate(model, question, None, attention_mask=mask))
 
 
 def test_several_sequences():
