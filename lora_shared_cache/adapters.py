@@ -160,6 +160,12 @@ def check_expressible(path: str, module: Any, names: Iterable[str], split: bool 
         UnsupportedAdapterError: with the module's path, the adapter and the feature.
     """
     if not isinstance(module, BaseTunerLayer):
+        inner = next((part for part, m in module.named_modules() if isinstance(m, BaseTunerLayer)), None)
+        if split and inner is not None:
+            raise UnsupportedAdapterError(
+                f"{path} ({type(module).__name__}) is adapted in a part of it, {inner}; only adapters on the whole projection "
+                "can be split. Use target_modules without it, or a DynamicCache per adapter"
+            )
         return
     if isinstance(module, ParamWrapper):
         raise UnsupportedAdapterError(

@@ -15,7 +15,8 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from . import adapters as peft_adapters
 from .attachment import (
@@ -82,7 +83,16 @@ def _attach(root: Any) -> None:
             f"{type(root).__name__} is an encoder-decoder model; only decoders can share a cache. Use an "
             "EncoderDecoderCache per adapter"
         )
+    _check_no_other_state(root)
     modules = _attention_layers(root)
+    crossing = next(
+        (path for path, module in modules.items() if "crossattention" in type(module).__name__.lower()), None
+    )
+    if crossing is not None:
+        raise UnsupportedModelError(
+            f"{crossing} ({type(modules[crossing]).__name__}) attends to something else than the trajectory (an encoder, "
+            "images), which can't be shared. Use a DynamicCache per adapter"
+        )
     sources = {path: key_value_sources(module) for path, module in modules.items()}
     unknown = [path for path in modules if sources[path] is None]
     if unknown or not modules:
@@ -105,14 +115,15 @@ def _attach(root: Any) -> None:
         index = int(module.layer_idx)
         if index in attachment.layers:
             raise UnsupportedModelError(
-                f"{path} and {attachment.layers[index].path} both write layer {index} of the cache"
+                f"{path} and {attachment.layers[index].path} both write layer {index} of the cache. Use a "
+                "DynamicCache per adapter"
             )
         rope_key = layer_types[index] if layer_types is not None and index < len(layer_types) else ""
         attachment.layers[index] = AttentionLayer(module, path, index, rope_key, attachment, sources[path] or {})
     if sorted(attachment.layers) != list(range(len(attachment.layers))):
         raise UnsupportedModelError(
-            f"{type(root).__name__} has attention in layers {sorted(attachment.layers)} only; the other layers keep a state "
-            "that can't be shared. Use a DynamicCache per adapter"
+            f"{type(root).__name__} has attention in layers {sorted(attachment.layers)} only; what the other layers keep can't "
+            "be shared. Use a DynamicCache per adapter"
         )
     # Refuse before anything is changed.
     names = tuple(getattr(root, "peft_config", {}) or {})
@@ -175,12 +186,37 @@ def _unwrap(model: Any) -> Any:
     return root
 
 
+def _check_no_other_state(root: PreTrainedModel) -> None:
+    """Refuse hybrid models: Transformers' own cache keeps more than keys and values for some of their layers.
+
+    Raises:
+        UnsupportedModelError: with the layers, what kind they are of, and what to do.
+    """
+    config = root.config.get_text_config(decoder=True)
+    if not hasattr(config, "num_hidden_layers"):
+        return
+    types = getattr(config, "layer_types", None) or []
+    others: dict[str, list[int]] = {}
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        # A layer without attention has a dummy, in newer versions.
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and type(layer).__name__ != "DummyLayer":
+            kind = str(types[index]) if index < len(types) else type(layer).__name__
+            others.setdefault(kind, []).append(index)
+    if others:
+        found = " and ".join(f"layers {indices} ({kind})" for kind, indices in others.items())
+        raise UnsupportedModelError(
+            f"{type(root).__name__}: {found} keep a state of their own besides keys and values, or in their place. It belongs to "
+            "one adapter and can't be shared; use a DynamicCache per adapter"
+        )
+
+
 def _attention_layers(root: PreTrainedModel) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, module in root.named_modules():
         if isinstance(getattr(module, "layer_idx", None), int) and "attention" in type(module).__name__.lower():
             found[path] = module
-    return found
+    # A decoder layer or a block with its norms may be called attention as well.
+    return {path: m for path, m in found.items() if not any(other.startswith(f"{path}.") for other in found)}
 
 
 def _decoder_of(root: PreTrainedModel, paths: Iterable[str]) -> PreTrainedModel:

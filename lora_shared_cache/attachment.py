@@ -225,7 +225,7 @@ class AttentionLayer:
 
 def key_value_sources(attention: Any) -> dict[str, str] | None:
     """Which modules of an attention layer give "k_proj" and "v_proj", or None: no known ones."""
-    if all(hasattr(attention, which) for which in PROJECTIONS):
+    if all(isinstance(getattr(attention, which, None), nn.Module) for which in PROJECTIONS):
         return {which: which for which in PROJECTIONS}
     fused = next((name for name in FUSED_PROJECTIONS if isinstance(getattr(attention, name, None), nn.Module)), None)
     return None if fused is None else dict.fromkeys(PROJECTIONS, fused)
@@ -447,6 +447,13 @@ class Attachment:
     def takes_position_ids(self) -> bool:
         """Whether the decoder has the argument ``position_ids``."""
         return "position_ids" in inspect.signature(type(self.decoder).forward).parameters
+
+    @functools.cached_property
+    def rotation_changes(self) -> bool:
+        """Whether the model rotates keys otherwise once the text has grown longer."""
+        rope = getattr(self.decoder.config, "rope_parameters", None) or {}
+        kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+        return any(kind == "longrope" or "dynamic" in kind for kind in kinds)
 
     def has_hooks(self, known: tuple[str, ...]) -> bool:
         """Whether any module of the decoder has forward hooks, other than of the Python modules ``known`` and those that bring

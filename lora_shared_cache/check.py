@@ -18,7 +18,9 @@ from peft.utils import load_peft_weights
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from .adapters import check_model_wide
 from .attach import attach, attachment_of, detach
@@ -156,14 +158,20 @@ def check(model: str | Path, adapters: dict[str, str | Path] | None = None) -> C
         ValueError: what was given is no config of a model that Transformers knows, or no PEFT adapter.
     """
     config = AutoConfig.from_pretrained(model)
-    text_config = config.get_text_config(decoder=True)
     result = CheckResult(str(model), str(config.model_type))
+    if getattr(config, "is_encoder_decoder", False):
+        result.refused.append(f"{config.model_type} is an encoder-decoder model; only decoders can share a cache")
+        return result
+    text_config = config.get_text_config(decoder=True)
+    # Of a model of images and text, the text model if it can stand alone.
+    text_config = text_config if type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING else config
     configs = {name: PeftConfig.from_pretrained(str(path)) for name, path in (adapters or {}).items()}
     try:
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(text_config)
         if not configs:
-            there = {path.rpartition(".")[2] for path, _ in whole.named_modules()}
+            linear = (path for path, module in whole.named_modules() if isinstance(module, nn.Linear | Conv1D))
+            there = {path.rpartition(".")[2] for path in linear}
             wanted = [name for name in ("q_proj", "k_proj", "v_proj", *FUSED_PROJECTIONS, "o_proj") if name in there]
             result.notes.append(
                 f"no adapter was given: a LoRA with r=16 on {', '.join(wanted) or 'q_proj, k_proj and v_proj'} is assumed, twice"
@@ -208,6 +216,7 @@ def _describe(
         name = type(layer.module).__name__
         result.attention[name] = result.attention.get(name, 0) + 1
     detach(whole)
+    config = config.get_text_config(decoder=True)
     size = (getattr(config, "dtype", None) or torch.bfloat16).itemsize
     numbers = {name: 0 for name in configs}
     with torch.device("meta"):
@@ -258,9 +267,12 @@ def _count_norms(
 
 def _with_adapters(model: Any, configs: dict[str, PeftConfig]) -> PeftModel:
     (first, config), *others = configs.items()
-    peft_model = get_peft_model(model, _trial_config(config), adapter_name=first)
-    for name, other in others:
-        peft_model.add_adapter(name, _trial_config(other))
+    try:
+        peft_model = get_peft_model(model, _trial_config(config), adapter_name=first)
+        for name, other in others:
+            peft_model.add_adapter(name, _trial_config(other))
+    except (ValueError, NotImplementedError) as error:
+        raise UnsupportedAdapterError(f"PEFT makes no such adapters for {type(model).__name__}: {error}") from error
     return peft_model
 
 
@@ -276,6 +288,8 @@ def _trial_config(config: PeftConfig) -> PeftConfig:
 def _shrunk(config: Any) -> Any:
     """The config with as few layers as show every kind of layer, and small wherever attention does not look."""
     small = copy.deepcopy(config)
+    config = config.get_text_config(decoder=True)
+    whole, small = small, small.get_text_config(decoder=True)
     layers = int(config.num_hidden_layers)
     kinds = list(zip(*(v for v in _lists_per_layer(config).values()), strict=True)) or [()] * layers
     keep = next(n for n in range(min(2, layers), layers + 1) if set(map(str, kinds[:n])) == set(map(str, kinds)))
@@ -288,7 +302,7 @@ def _shrunk(config: Any) -> Any:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(small, name, None) is not None:
             setattr(small, name, 0)
-    return small
+    return whole
 
 
 def _lists_per_layer(config: Any) -> dict[str, list[Any]]:

@@ -59,6 +59,7 @@ class ForwardPass:
         attention_mask: (B, m) bool or None, as given.
         padded: whether it holds padding.
         entered_from_inside: the model was attached in the middle of this very pass, so its end is the last layer's.
+        first_ropes: by layer type cos/sin of the pass's tokens as they were when these were run first, (B or 1, n, width).
         rope_lengths: layer types whose cos/sin were stored in this pass (and ``NORMS``, if those of base keys were), with the
             tokens that are then known.
         slot: set in a step whose lengths only the device knows.
@@ -98,6 +99,7 @@ class ForwardPass:
     blind: bool = False
     staged: bool = False
     window_ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    first_ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def alora_offsets(self) -> list[int | None]:
@@ -123,11 +125,43 @@ class ForwardPass:
             keep_from=self.cache._keep_from(at + 1),
             rope_lengths={},
             window_ropes={},
+            first_ropes={},
         )
 
     def commit(self) -> None:
         """Make the pass's tokens part of the cache."""
         self.cache._commit(self)
+
+    def first_rope(self, layer: AttentionLayer, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The layer's arguments with the cos/sin that tokens had when they were run first, where the model would take others now.
+
+        A rotation that changes with the length of the text (dynamic, longrope) gives tokens that are run again another one than
+        cached keys have.
+        """
+        embeddings = kwargs.get("position_embeddings")
+        if not self.attachment.rotation_changes or not isinstance(embeddings, tuple | list) or len(embeddings) != 2:
+            return kwargs
+        key = f"{layer.rope_key}, as the model gives it"
+        if key not in self.first_ropes:
+            stored = self.start if self.slot is not None else self.cache._rope_length.get(key, 0)
+            known = min(stored, self.stop) - self.start
+            buffers = self.cache._rope_buffers(key)
+            given: list[torch.Tensor] = list(embeddings)
+            for index, (buffer, angles) in enumerate(zip(buffers, embeddings, strict=True)):
+                if self.slot is not None:
+                    buffer.put(self.slot.index, angles)
+                    continue
+                if known > 0:
+                    before = buffer.view(self.start + known, self.start)
+                    rows = max(before.shape[0], angles.shape[0])
+                    given[index] = torch.cat(
+                        (before.expand(rows, -1, -1), angles[:, known:].expand(rows, -1, -1)), dim=1
+                    )
+                if stored < self.stop:
+                    buffer.write(stored, angles[:, stored - self.start :])
+            self.rope_lengths[key] = max(stored, self.stop)
+            self.first_ropes[key] = (given[0], given[1])
+        return dict(kwargs, position_embeddings=self.first_ropes[key])
 
     def store_rope(self, layer: AttentionLayer, kwargs: dict[str, Any]) -> None:
         """Keep cos/sin of new tokens, once for all layers of one type."""

@@ -178,9 +178,7 @@ def dropped_cache(attachment: Attachment, kwargs: dict[str, Any]) -> SharedLoRAC
     text = next((t.shape[1] for t in (mask, ids) if isinstance(t, torch.Tensor) and t.dim() == 2), 0)
     if not cache._told_length() <= limit < text:
         return None
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    if cache.trajectory_length and kinds & {"longrope", "dynamic"}:
+    if cache.trajectory_length and attachment.rotation_changes:
         raise UnsupportedModelError(
             f"{root.__name__} leaves the cache out here: beyond {limit} tokens its rotation is another one, and the "
             f"{cache.trajectory_length} cached tokens were rotated with the first. Go on with an empty cache: cache.reset()"

@@ -182,6 +182,7 @@ class DecodeGraphs:
         except (CannotCapture, NotReserved) as reason:
             # Nothing was committed; the step is run again as a whole.
             now.rope_lengths.clear()
+            now.first_ropes.clear()
             if self.enabled and isinstance(reason, CannotCapture):
                 self._explain(str(reason))
             return None
@@ -281,6 +282,7 @@ class DecodeGraphs:
         now.slot, now.products = step.slot, step.products
         now.rope_lengths.clear()
         now.window_ropes.clear()
+        now.first_ropes.clear()
         step.products.restart()
         try:
             with forward_scope(now):

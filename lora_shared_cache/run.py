@@ -47,6 +47,7 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
         )
     try:
         layer_pass = LayerPass(now, layer)
+        kwargs = now.first_rope(layer, kwargs)
         if layer_pass.private is None:
             layer.find_layout(kwargs)
             now.store_rope(layer, kwargs)

@@ -379,7 +379,11 @@ def test_layers_with_a_recurrent_state_are_refused():
     )  # fmt: skip
     model = finish(transformers.FalconH1ForCausalLM(config), torch.float32)
     model = with_adapters(model, {"one": lora(target_modules=["v_proj"], rank_pattern={}, alpha_pattern={})})
-    refused(model, "recurrent or convolution state", error=UnsupportedModelError)
+    refused(
+        model, "layers [0, 1] (hybrid) keep a state of their own", "use a DynamicCache", error=UnsupportedModelError
+    )
+    with pytest.raises(UnsupportedModelError, match="recurrent or convolution state"):
+        SharedLoRACache().update_conv_state(None, 0)
 
 
 def test_clipped_keys_are_refused():
