@@ -151,17 +151,20 @@ class SharingReport:
         return Group(policies, *(f"{name}: {reason}" for name, reason in self.skipped.items()), layers)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120)
+        # In a notebook rich would display it there and then, and take the text for a terminal's.
+        console = Console(file=io.StringIO(), width=120, force_jupyter=False, force_terminal=False)
         console.print(self)
         return cast(io.StringIO, console.file).getvalue()
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), record=True, width=120)
+        console = Console(file=io.StringIO(), width=120, force_jupyter=False, record=True)
         console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def plot(self) -> Any:
         """A matplotlib ``Figure``: similarity per layer, and each policy's KL against its memory.
+
+        Notebooks show it after ``%matplotlib inline``.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -178,10 +181,11 @@ class SharingReport:
         left.set(xlabel="layer", ylabel="cosine similarity between adapters")
         left.legend()
         for name, result in self.policies.items():
-            right.plot(result.memory_bytes / 1e6, result.kl, "o")
-            right.annotate(name, (result.memory_bytes / 1e6, result.kl), textcoords="offset points", xytext=(5, 4))
+            right.plot(result.memory_bytes / 1e6, result.kl, "o", label=name)
         right.set(xlabel="memory (MB)", ylabel="KL to the exact caches (nats)")
         right.set_ylim(bottom=0)
+        right.set_xlim(left=0)
+        right.legend()
         return figure
 
 

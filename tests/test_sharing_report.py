@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import json
 
@@ -159,17 +160,22 @@ def test_texts_are_cut_into_turns():
     assert report(model, tokens(24), adapters=["act", "plan"]).adapters == ["act", "plan"]
 
 
-def test_output():
+def test_output(monkeypatch, capsys):
     result = report(model_with())
     data = json.loads(json.dumps(result.to_dict()))
     assert data["policies"]["base_shared"]["kl"] == result.policies["base_shared"].kl
     text = str(result)
     assert "fully_shared" in text and "base_lr_shared: " in text and "K similarity" in text
     assert "base_shared" in result._repr_html_()
+    # In a notebook rich shows what it is given at once, and the texts were empty.
+    monkeypatch.setattr(builtins, "get_ipython", type("ZMQInteractiveShell", (), {}), raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert str(result) == text and "\x1b" not in text
+    assert "base_shared" in result._repr_html_() and not capsys.readouterr().out
     pytest.importorskip("matplotlib")
     left, right = result.plot().axes
     assert len(left.lines) == 2 and len(left.lines[0].get_xdata()) == 3
-    assert {t.get_text() for t in right.texts} == set(result.policies)
+    assert {t.get_text() for t in right.get_legend().get_texts()} == set(result.policies)
 
 
 def test_wrong_arguments_are_named():
