@@ -119,6 +119,7 @@ def test_joined_down_projections_that_all_agents_need_exist_once(device, sharing
 
 def test_storage_that_grows_is_captured_again(device, monkeypatch):
     monkeypatch.setattr(graphs, "_MIN_ROOM", 16)
+    monkeypatch.setattr(buffers, "MIN_SLACK_ON_CUDA", 16)
     monkeypatch.setattr(graphs, "_FIRST_ROOM", 0)
     model = model_on(device)
     captured, eager = both()
