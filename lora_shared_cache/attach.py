@@ -34,9 +34,10 @@ from .attachment import (
 from .attention import register_attention
 from .errors import SharedCacheError, UnsupportedModelError
 from .generation import dropped_cache, run_generate
-from .graphs import forget_graphs
+from .graphs import KNOWN_HOOKS, forget_graphs
 from .run import clear_interrupted_pass, run_attention_layer, run_decoder, shared_cache_in
-from .scopes import layer_scope
+from .scopes import attach_scope, layer_scope
+from .self_test import try_model
 
 # Two threads may use their first cache on one model at the same time.
 _attach_lock = threading.Lock()
@@ -49,6 +50,11 @@ def attach(model: nn.Module) -> nn.Module:
     Needed by hand only before ``torch.compile``. Idempotent; a model that runs without a :class:`SharedLoRACache`
     behaves as before. :func:`detach` undoes it.
 
+    One attention layer of each kind is tried out with one adapter of each kind, in a forward pass of three tokens that ends
+    with the last such layer: what the split gives for K and V is compared with PEFT's own. Where that is not possible now (no
+    adapters yet, training mode, offloaded weights, forward hooks), and for adapters that come later, it is done in the first
+    pass with a shared cache.
+
     Args:
         model: a ``PeftModel``, or a Transformers model with or without adapters of its own ``load_adapter``.
 
@@ -57,8 +63,29 @@ def attach(model: nn.Module) -> nn.Module:
 
     Raises:
         UnsupportedModelError: the model has attention layers whose keys and values do not come from ``k_proj`` and
-            ``v_proj`` or from one fused projection, or none at all.
+            ``v_proj`` or from one fused projection, or none at all; or a layer can't be split, or its split K or V are not
+            PEFT's. The model is then as before. ``SharedLoRACache(model, private_layers=...)`` leaves such layers whole.
     """
+    attach_and_try(model)
+    return model
+
+
+def attach_and_try(model: nn.Module, private_layers: tuple[int, ...] = ()) -> None:
+    """As :func:`attach`; ``private_layers`` need not be splittable, and are not tried out."""
+    attached_before = attachment_of(model) is not None
+    attach_untried(model)
+    attachment = attachment_of(model)
+    assert attachment is not None
+    try:
+        try_model(attachment, private_layers, KNOWN_HOOKS)
+    except BaseException:
+        if not attached_before:
+            detach(model)
+        raise
+
+
+def attach_untried(model: nn.Module) -> None:
+    """Attach in the middle of a call of the model: its layers are tried out as the pass comes to them."""
     register_attention()
     root = _unwrap(model)
     if isinstance(model, PeftModel):
@@ -66,7 +93,6 @@ def attach(model: nn.Module) -> nn.Module:
         peft_adapters.check_no_virtual_tokens(model.peft_config)
     with _attach_lock:
         _attach(root)
-    return model
 
 
 def _attach(root: Any) -> None:
@@ -231,6 +257,9 @@ def _decoder_of(root: PreTrainedModel, paths: Iterable[str]) -> PreTrainedModel:
 def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     cache = shared_cache_in(args, kwargs)
     if cache is None:
+        first_pass = attach_scope.get()
+        if first_pass is not None:
+            first_pass(record_of(self).owner, args, kwargs)
         if layer_scope.get() is None:
             return call_original(self, *args, **kwargs)
         with layer_scope(None):

@@ -25,13 +25,13 @@ from .attention import ATTENTION_NAME, forget_original, remember_original
 from .digest import Digest, DigestReader, digest
 from .errors import UnsupportedAdapterError
 from .key_norm import KeyNorm, find_key_norms, has_key_norm
-from .layout import NO_ROTATION, LayoutProbe, RotaryLayout, find_layout
+from .layout import NO_ROTATION, RotaryLayout, find_layout
 from .policies import DownDigests
 from .products import linear_of_rows, linear_with_adapters, plain_adapters
 from .scopes import forward_scope, layer_scope
 
 # The attribute that marks an attached module and holds its record.
-_RECORD = "_lora_shared_cache"
+RECORD = "_lora_shared_cache"
 # The two roles; what plays them is `AttentionLayer.sources`.
 PROJECTIONS = ("k_proj", "v_proj")
 # Names of projections that give queries, keys and values at once; which columns are what is found by trying.
@@ -140,6 +140,8 @@ class AttentionLayer:
         sources: the name of the module that gives "k_proj" and "v_proj": these themselves, or one fused projection for both.
         layout: how keys are rotated; None until the first shared forward pass tried it out.
         probed: the adapted projections when it was tried out.
+        kind: what makes a layer behave as others, when it was tried out.
+        tested: the attachment's version for which the split was compared with PEFT (``self_test.py``).
     """
 
     module: Any
@@ -150,6 +152,8 @@ class AttentionLayer:
     sources: dict[str, str]
     layout: RotaryLayout | None = None
     probed: tuple[str, ...] = ()
+    kind: tuple = ()
+    tested: int = -1
 
     @property
     def name(self) -> str:
@@ -171,13 +175,17 @@ class AttentionLayer:
         fused = None if self.layout is None else self.layout.fused
         return None if fused is None else fused.key if which == "k_proj" else fused.value
 
+    def adapted(self) -> tuple[str, ...]:
+        """Those of :attr:`modules` that have LoRA."""
+        return tuple(which for which in self.modules if is_lora(self.projection(which)))
+
     def find_layout(self, kwargs: dict[str, Any]) -> None:
         """Try the layer out, once for each kind of layer and set of adapted projections.
 
         Raises:
             UnsupportedModelError: the layer can't be expressed as base + low-rank part.
         """
-        adapted = tuple(which for which in self.modules if is_lora(self.projection(which)))
+        adapted = self.adapted()
         if self.layout is not None and self.probed == adapted:
             return
         if not adapted:
@@ -190,14 +198,14 @@ class AttentionLayer:
         def norms(heads: int, head_dim: int) -> list[KeyNorm]:
             return find_key_norms(self.module, heads, head_dim, device)
 
-        kind = (*self._kind(), adapted, tuple(widths.items()), device, kwargs["hidden_states"].dtype)
+        kind = (*self.kind_of_module(), adapted, tuple(widths.items()), device, kwargs["hidden_states"].dtype)
         layout = self._as_layers_of_this_kind(self.attachment.layouts.get(kind), norms)
         if layout is None:
             layout = find_layout(self.name, forward, kwargs, self.sources, widths, norms)
             self.attachment.layouts[kind] = layout
-        self.layout, self.probed = layout, adapted
+        self.layout, self.probed, self.kind = layout, adapted, kind
 
-    def _kind(self) -> tuple:
+    def kind_of_module(self) -> tuple:
         """All that may make a layer behave as others of its class do not: settings, parts, what the config says of it."""
         module = self.module
         settings = {
@@ -209,7 +217,8 @@ class AttentionLayer:
             for name, values in vars(self.attachment.decoder.config).items()
             if isinstance(values, list | tuple) and len(values) >= len(self.attachment.layers) > 1
         ]
-        return type(module), tuple(settings.items()), parts, tuple(per_layer), self.rope_key
+        changed = has_forward_of_its_own(module), bool(module._forward_hooks)
+        return type(module), tuple(settings.items()), parts, tuple(per_layer), self.rope_key, changed
 
     @staticmethod
     def _as_layers_of_this_kind(
@@ -240,6 +249,9 @@ class Attachment:
         decoder: the innermost model that holds the attention layers and creates their masks.
         layers: the attention layers by cache index.
         layouts: what was found of the attention layers, by kind of layer.
+        version: counts changes of which adapters there are.
+        tested: (kind of layer, kind of adapter) for which the split was compared with PEFT.
+        not_tried: why a layer or the model could not be tried out yet.
         lora_layers: (path, layer) of every LoRA layer of the model.
         originals: (config, attention implementation) as they were.
         active: shared forward passes under way; the attention implementation is ours while there is one.
@@ -249,6 +261,9 @@ class Attachment:
     decoder: Any
     layers: dict[int, AttentionLayer] = field(default_factory=dict)
     layouts: dict[tuple, RotaryLayout] = field(default_factory=dict)
+    version: int = 0
+    tested: set[tuple] = field(default_factory=set)
+    not_tried: dict[str, str] = field(default_factory=dict)
     lora_layers: list[tuple[str, Any]] = field(default_factory=list)
     originals: list[tuple[Any, str]] = field(default_factory=list)
     active: int = 0
@@ -293,10 +308,12 @@ class Attachment:
             has_key_norm(layer.module) and is_lora(layer.projection("k_proj")) for layer in self.layers.values()
         )
         inside = {id(m) for m in self.decoder.modules()}
+        queries = {id(getattr(layer.module, "q_proj", None)) for layer in self.layers.values()}
         for _, module in self.lora_layers:
             if id(module) in inside and not isinstance(record_of(module), ProjectionRecord):
-                replace_forward(module, ModuleRecord(self), lora_forward)
+                replace_forward(module, ModuleRecord(self, gives_queries=id(module) in queries), lora_forward)
         self._structure = self._look()
+        self.version += 1
         self._forget_weights()
         self._digests.clear()
         self._hooks = self._tensors = None
@@ -568,17 +585,24 @@ class ModuleRecord:
 
     owner: Any
     original: Any = None
+    gives_queries: bool = False
 
 
 def call_original(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward that the module had before it was attached."""
-    original = getattr(module, _RECORD).original
+    original = getattr(module, RECORD).original
     return type(module).forward(module, *args, **kwargs) if original is None else original(*args, **kwargs)
 
 
 def record_of(module: nn.Module) -> Any:
     """The record of an attached module, or None."""
-    return module.__dict__.get(_RECORD)
+    return module.__dict__.get(RECORD)
+
+
+def has_forward_of_its_own(module: Any) -> bool:
+    """Whether somebody gave this one module another forward before it was attached; Accelerate's, which moves weights, aside."""
+    record = record_of(module)
+    return record is not None and record.original is not None and not hasattr(module, "_hf_hook")
 
 
 def replace_forward(module: nn.Module, record: Any, function: Callable[..., Any]) -> None:
@@ -587,11 +611,11 @@ def replace_forward(module: nn.Module, record: Any, function: Callable[..., Any]
     A module that was replaced before gets the new record only.
     """
     if record_of(module) is not None:
-        setattr(module, _RECORD, _keep_original(record, record_of(module)))
+        setattr(module, RECORD, _keep_original(record, record_of(module)))
         return
     # An instance-level forward of somebody else (Accelerate's device hooks) is kept and called.
     record.original = module.__dict__.get("forward")
-    setattr(module, _RECORD, record)
+    setattr(module, RECORD, record)
     # `wraps` keeps the signature, which Transformers inspects; a bound method survives copy.deepcopy of the model.
     module.forward = MethodType(functools.wraps(type(module).forward)(thin(function)), module)
 
@@ -612,7 +636,7 @@ def _keep_original(record: Any, previous: Any) -> Any:
 
 def restore_forward(module: nn.Module) -> None:
     """Undo :func:`replace_forward`; other modules are left alone."""
-    record = module.__dict__.pop(_RECORD, None)
+    record = module.__dict__.pop(RECORD, None)
     if record is None:
         return
     if record.original is None:
@@ -629,7 +653,13 @@ def lora_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) ->
     now = forward_scope.get()
     if now is not None and now.invocations is not None and "alora_offsets" in kwargs:
         kwargs = dict(kwargs, alora_offsets=now.alora_offsets)
-    if kwargs and isinstance(layer_scope.get(), LayoutProbe):
+    scope = layer_scope.get()
+    if scope is not None and getattr(scope, "trial", False):
+        if record_of(self).gives_queries:
+            # The largest product of the layer, and nothing asks for it.
+            width: Any = self.out_features
+            queries = torch.linspace(-1, 1, width, dtype=x.dtype, device=x.device)
+            return queries.repeat(*x.shape[:-1], 1)
         # Of the batch's rows, of which a layer that is tried out knows nothing.
         kwargs = {name: value for name, value in kwargs.items() if name not in peft_adapters.PEFT_ARGUMENTS}
     products = None if now is None else now.products
@@ -649,6 +679,4 @@ def _projection_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: 
     if scope is None:
         return call_original(self, x, *args, **kwargs)
     record = record_of(self)
-    if isinstance(scope, LayoutProbe):
-        return scope.project(record.which)
     return scope.project(record.which, self, x, *args, **kwargs)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from . import adapters as peft_adapters
 from .adapters import BASE_MODEL, Agent, agent_name, agent_of_rows, names_in, rows_of
-from .attach import attach, attachment_of
+from .attach import attach_and_try, attach_untried, attachment_of
 from .attachment import AdapterWatch, Attachment
 from .buffers import TokenBuffer, WindowBuffer, window_and_margin
 from .errors import SharedCacheError, UnsupportedAdapterError, UnsupportedModelError
@@ -122,7 +122,7 @@ class SharedLoRACache(SharedCacheBase):
         self._windows_at = 0
         self._forget()
         if model is not None:
-            attach(model)
+            attach_and_try(model, private)
             self._bind(attachment_of(model))
 
     def _forget(self) -> None:
@@ -579,7 +579,7 @@ class SharedLoRACache(SharedCacheBase):
         if root is None or (self._attachment is not None and self._attachment.contains(inner)):
             return False
         self._check_model(root)
-        attach(root)
+        attach_untried(root)
         attachment = attachment_of(root)
         assert attachment is not None
         self._bind(attachment)

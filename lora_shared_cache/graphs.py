@@ -44,7 +44,7 @@ MAX_STEPS_OF_A_PASS = 4
 # Arguments of a decoder that a captured step brings itself.
 _OWN_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "cache_position")
 # Modules whose hooks do nothing unless a step is refused for other reasons (hidden states or attentions asked for).
-_KNOWN_HOOKS = ("transformers.utils.output_capturing", "transformers.utils.generic")
+KNOWN_HOOKS = ("transformers.utils.output_capturing", "transformers.utils.generic")
 
 
 _capture_lock = threading.Lock()
@@ -470,7 +470,7 @@ class DecodeGraphs:
             raise CannotCapture("position_ids have more than two dimensions")
         if now.invocations is not None:
             raise CannotCapture("the adapter is active from an invocation on (aLoRA)")
-        if attachment.has_hooks(_KNOWN_HOOKS):
+        if attachment.has_hooks(KNOWN_HOOKS):
             raise CannotCapture("modules of the model have hooks, which a replay would not call")
         config = attachment.decoder.config
         for name in ("output_attentions", "output_hidden_states"):

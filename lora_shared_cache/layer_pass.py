@@ -459,7 +459,7 @@ class LayerPass:
         self.attended = True
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = self._mask_of_window(kwargs["attention_mask"], key.shape[2])
-        key_low_rank, key_up = self._low_rank("k_proj")
+        key_low_rank, key_up, gain, delta_gain = self._low_rank_of_keys(key.shape[1])
         value_low_rank, value_up = self._low_rank("v_proj")
         index = None
         if rows_of(self.forward_pass.agent) is not None and not (key_up is None and value_up is None):
@@ -469,14 +469,7 @@ class LayerPass:
         backend = attention_backend()
         if backend is None and not query.is_cuda:
             backend = "reference"
-        gain = delta_gain = None
         norm = layout.key_norm
-        if key_low_rank is not None and key_up is not None and norm is not None:
-            key_low_rank, key_up = self._with_shifts(key_low_rank, key_up, norm)
-            gain, delta_gain = (
-                self._numbers_of_norm(which, 1.0).squeeze(-1).expand(-1, key.shape[1], -1)
-                for which in ("gain", "delta_gain")
-            )
         keeps_expanded = backend == "reference" and query.device.type == "cpu" and slot is None
         if key_low_rank is not None and key_up is not None and keeps_expanded:
             # Expanding is a matrix product over all tokens; on the CPU the agent's expanded keys are kept and appended to.
@@ -512,6 +505,17 @@ class LayerPass:
             **kwargs,
         )
         return cast(torch.Tensor, out)
+
+    def _low_rank_of_keys(self, heads: int) -> tuple[torch.Tensor | None, ...]:
+        """:meth:`_low_rank` of keys, and the "gain" and "delta_gain" (B, Hk, T) of a norm that they have, or None twice."""
+        low_rank, up = self._low_rank("k_proj")
+        norm = None if self.layer.layout is None else self.layer.layout.key_norm
+        if low_rank is None or up is None or norm is None:
+            return low_rank, up, None, None
+        numbers = (
+            self._numbers_of_norm(which, 1.0).squeeze(-1).expand(-1, heads, -1) for which in ("gain", "delta_gain")
+        )
+        return *self._with_shifts(low_rank, up, norm), *numbers
 
     def _low_rank(self, which: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The agent's entries (B, stop, r) and up-projections (Hk, r, D) for "k_proj" or "v_proj", or None twice.

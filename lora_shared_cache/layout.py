@@ -20,7 +20,6 @@ from flash_lora_attention import apply_rope
 from .errors import UnsupportedModelError
 from .key_norm import KeyNorm
 from .scopes import layer_scope
-from .storage import SharedCacheBase
 
 # Magnitudes of the probe's tokens: an adapter's effect must be the same function of small and of large projections (clipping).
 _PROBE_SCALES = (1.0, 30.0, 1000.0)
@@ -91,12 +90,14 @@ class _NotTried(UnsupportedModelError):
     """The layer raised an error when it was tried out."""
 
 
-class _Stop(Exception):
+class StopTrial(Exception):
     """Ends the probe's forward pass once K and V were seen and attention was dispatched."""
 
 
 class LayoutProbe(Cache):
     """Stands in for the cache and for the adapted projections during one tiny call of an attention layer."""
+
+    trial = True
 
     def __init__(self, projected: dict[str, torch.Tensor]):
         super().__init__(layers=[])
@@ -106,7 +107,7 @@ class LayoutProbe(Cache):
         self.dispatched = False
         self.objection = ""
 
-    def project(self, which: str) -> torch.Tensor:
+    def project(self, which: str, module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The made-up output of a projection."""
         return self.projected[which]
 
@@ -125,7 +126,7 @@ class LayoutProbe(Cache):
             self.objection = "it attends to other keys or values than it gives to the cache"
         elif attention_mask is not None:
             self.objection = "it makes an attention mask of its own, which may depend on the keys or values"
-        raise _Stop
+        raise StopTrial
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The probe is empty."""
@@ -143,6 +144,38 @@ def angles_of(kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | Non
     if isinstance(embeddings, torch.Tensor) and embeddings.is_complex():
         return embeddings.real, embeddings.imag
     return (embeddings[0], embeddings[1]) if isinstance(embeddings, tuple | list) and len(embeddings) == 2 else None
+
+
+def trial_arguments(
+    kwargs: dict[str, Any], hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[dict[str, Any], str]:
+    """Arguments for a tiny call of an attention layer, made of those of a real one.
+
+    Args:
+        hidden: (1, n, hidden size), the hidden states.
+        angles: cos and sin (1, n, width); None: the layer is given none.
+
+    Returns:
+        The arguments without the cache, and the name of the cache's.
+    """
+    (rows, real_tokens), tokens = kwargs["hidden_states"].shape[:2], hidden.shape[1]
+    first = torch.arange(tokens, device=hidden.device) % real_tokens
+    call = dict(kwargs, hidden_states=hidden)
+    for key, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and key not in ("hidden_states", "attention_mask", "position_ids"):
+            # A number for each token, say (Beam); where there is one token it is broadcast.
+            value = value[:1] if value.dim() and value.shape[0] == rows else value
+            of_tokens = [dim for dim in range(1, value.dim()) if value.shape[dim] == real_tokens > 1]
+            call[key] = value.index_select(of_tokens[0], first.to(value.device)) if of_tokens else value
+    if "attention_mask" in call:
+        call["attention_mask"] = None
+    if isinstance(call.get("position_ids"), torch.Tensor):
+        call["position_ids"] = torch.arange(tokens, device=hidden.device)[None]
+    if angles is not None:
+        call["position_embeddings"] = torch.complex(*angles) if _is_complex(kwargs) else angles
+    cache_argument = next((key for key, value in kwargs.items() if isinstance(value, Cache)), "past_key_values")
+    call.pop(cache_argument, None)
+    return call, cache_argument
 
 
 def find_layout(
@@ -196,30 +229,24 @@ def _find_layout(
     scales = torch.tensor(_PROBE_SCALES, device=device, dtype=dtype)[None, :, None]
     base = {which: random(1, _PROBE_TOKENS, width) * scales for which, width in widths.items()}
     delta = {which: random(1, _PROBE_TOKENS, width) * scales for which, width in widths.items()}
-    call = dict(kwargs)
-    call["hidden_states"] = hidden[:1, :1].expand(1, _PROBE_TOKENS, -1)
-    if "attention_mask" in call:
-        call["attention_mask"] = None
-    if isinstance(call.get("position_ids"), torch.Tensor):
-        call["position_ids"] = torch.arange(_PROBE_TOKENS, device=device)[None]
     cos = sin = None
     embeddings = angles_of(kwargs)
     if embeddings is not None:
         # Independent numbers in every column: only the columns that the layer really uses can then explain its keys.
         cos, sin = (random(1, _PROBE_TOKENS, t.shape[-1]) for t in embeddings)
-        call["position_embeddings"] = torch.complex(cos, sin) if _is_complex(kwargs) else (cos, sin)
-    cache_argument = next(
-        (key for key, value in kwargs.items() if isinstance(value, SharedCacheBase)), "past_key_values"
+    call, cache_argument = trial_arguments(
+        kwargs, hidden[:1, :1].expand(1, _PROBE_TOKENS, -1), None if cos is None or sin is None else (cos, sin)
     )
 
     def run(projected: dict[str, torch.Tensor]) -> LayoutProbe:
         probe = LayoutProbe(projected)
-        call[cache_argument] = probe
         try:
             with layer_scope(probe), torch.no_grad():
-                forward(**call)
-        except _Stop:
+                forward(**call, **{cache_argument: probe})
+        except StopTrial:
             pass
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
             raise _NotTried(f"{name}: its attention could not be tried out: {error}") from error
         if probe.states is None:

@@ -14,6 +14,7 @@ from .layer_pass import LayerPass
 from .layout import angles_of
 from .model_input import begin
 from .scopes import forward_scope, layer_scope
+from .self_test import try_layer
 from .storage import SharedCacheBase
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
         layer_pass = LayerPass(now, layer)
         kwargs = now.first_rope(layer, kwargs)
         if layer_pass.private is None:
-            layer.find_layout(kwargs)
+            try_layer(layer, kwargs)
             now.store_rope(layer, kwargs)
             layer_pass.angles = angles_of(kwargs)
         with layer_scope(layer_pass), torch.no_grad():

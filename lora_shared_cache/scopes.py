@@ -48,5 +48,7 @@ class Scope:
 
 forward_scope = Scope("lora_shared_cache.forward")
 layer_scope = Scope("lora_shared_cache.layer")
+# What :func:`~lora_shared_cache.attach` does with each attention layer that it comes to.
+attach_scope = Scope("lora_shared_cache.attach")
 # The cache that a ``generate`` call under way was given.
 generate_scope = Scope("lora_shared_cache.generate")

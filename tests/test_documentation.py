@@ -64,7 +64,7 @@ def test_snippets_run(model_folder, monkeypatch, capsys, page, snippets, prints)
 
 PACKAGES = ("lora_shared_cache", "kernels/flash_lora_attention")
 # Not for users: control flow of our own, and states that only a bug could bring about.
-INTERNAL = ("NotReserved", "_Stop", "RuntimeError", "TypeError", "SystemExit", "Exception")
+INTERNAL = ("NotReserved", "StopTrial", "RuntimeError", "TypeError", "SystemExit", "Exception")
 MESSAGE = re.compile(r"`([^`]+)`")
 
 
