@@ -332,10 +332,13 @@ class Attachment:
             for layer in self.layers.values():
                 for which in layer.modules:
                     _append(self._projections, layer.module._modules, which)
+        configs = getattr(self.root, "peft_config", None) or {}
         return (
             self._configured(),
+            # An adapter that was deleted and added again under its name may be on other layers.
+            tuple(configs.values()),
             tuple(map(id, map(dict.get, *self._projections))),
-            tuple(self.lora_layers[0][1].scaling) if self.lora_layers else (),
+            tuple([tuple(scaling) for _, scaling, _, _ in self._watched]),
         )
 
     def contains(self, module: nn.Module) -> bool:

@@ -33,6 +33,7 @@ from .policies import (
     Sharing,
     check_private_layers,
     check_sharing,
+    entry_name,
     first_difference,
     is_private,
     private_key,
@@ -240,7 +241,7 @@ class SharedLoRACache(SharedCacheBase):
                 full += layer.width * layer.dtype.itemsize * self.rows * tokens
             for key, parts in layer.entries.items():
                 tokens = self._coverage.get(key, 0)
-                into, name = (private, agent_name(key[1:])) if is_private(key) else (low_rank, agent_name(key))
+                into, name = private if is_private(key) else low_rank, entry_name(key)
                 into[name] = into.get(name, 0) + sum(b.nbytes(tokens) for b in parts.values())
         ropes = [buffer for pair in self._ropes.values() for buffer in pair]
         positions = sum(buffer.nbytes(length) for buffer in ropes) + self._trajectory.nbytes()
@@ -378,11 +379,33 @@ class SharedLoRACache(SharedCacheBase):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep the batch rows ``beam_idx`` (beam search), of all agents."""
-        self.batch_select_indices(beam_idx)
+        self._not_while_running("reorder_cache")
+        with self._all_or_nothing():
+            self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the batch rows ``indices``, of all agents."""
+        """Keep the batch rows ``indices``, of all agents.
+
+        Args:
+            indices: of rows, or a bool for each row, as ``DynamicCache`` takes them.
+
+        Raises:
+            ValueError: there are no such rows, or none is kept.
+        """
         self._not_while_running("batch_select_indices")
+        if not self.trajectory_length:
+            return
+        try:
+            chosen = torch.arange(self.rows)[torch.as_tensor(indices).cpu()].reshape(-1)
+        except IndexError as error:
+            raise SharedCacheError(f"batch_select_indices: the cache holds {self.rows} rows; {error}") from error
+        if not len(chosen):
+            raise SharedCacheError("batch_select_indices: no row is kept; reset() removes all")
+        with self._all_or_nothing():
+            self._select_rows(chosen)
+            self._trajectory.forget_padding_if_none()
+
+    def _select_rows(self, indices: torch.Tensor) -> None:
         for layer in self.layers:
             layer.batch_select_indices(indices)
         for buffer in self._rope_buffers_all():
@@ -394,15 +417,22 @@ class SharedLoRACache(SharedCacheBase):
             self._rename_rows(lambda rows: [rows[index] for index in chosen])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each batch row ``repeats`` times in a row, of all agents."""
+        """Each batch row ``repeats`` times in a row, of all agents.
+
+        Raises:
+            ValueError: ``repeats`` below 1.
+        """
         self._not_while_running("batch_repeat_interleave")
-        for layer in self.layers:
-            layer.batch_repeat_interleave(repeats)
-        for buffer in self._rope_buffers_all():
-            buffer.repeat_rows(repeats)
-        self._trajectory.repeat_rows(repeats)
-        self._invoked.clear()
-        self._rename_rows(lambda rows: [name for name in rows for _ in range(repeats)])
+        if repeats < 1:
+            raise SharedCacheError(f"batch_repeat_interleave({repeats}): expected at least 1; reset() removes all")
+        with self._all_or_nothing():
+            for layer in self.layers:
+                layer.batch_repeat_interleave(repeats)
+            for buffer in self._rope_buffers_all():
+                buffer.repeat_rows(repeats)
+            self._trajectory.repeat_rows(repeats)
+            self._invoked.clear()
+            self._rename_rows(lambda rows: [name for name in rows for _ in range(repeats)])
 
     def _has_rows_of_their_own(self) -> bool:
         return any(rows_of(agent) for agent in self._agents)
@@ -418,8 +448,10 @@ class SharedLoRACache(SharedCacheBase):
             if rows is not None:
                 new = agent_of_rows(new_rows(rows))
                 renamed[agent] = new if set(rows_of(new) or ()) == set(rows) else ()
-        if not renamed:
+        if all(old == new for old, new in renamed.items()):
             return
+        # Captured steps know entries by their keys and where they are.
+        self._graphs.clear()
         keys: dict[EntryKey, EntryKey] = {}
         for old, new in renamed.items():
             keys.update({old: new, private_key(old): private_key(new) if new else ()})
@@ -542,7 +574,6 @@ class SharedLoRACache(SharedCacheBase):
                 f"private_layers has {beyond[0]}, but {type(attachment.root).__name__} has the attention layers 0 to "
                 f"{len(attachment.layers) - 1}. Make a cache with indices of these"
             )
-        self._attachment = attachment
         self._graphs.clear()
         windows = sliding_windows(attachment.decoder.config)
         # One mask serves all sliding layers, so they hold the same tokens.
@@ -554,6 +585,7 @@ class SharedLoRACache(SharedCacheBase):
             for index in range(len(attachment.layers))
         ]
         self._forget()
+        self._attachment = attachment
 
     def _check_model(self, root: nn.Module) -> None:
         if self._attachment is None or not self.trajectory_length:
@@ -775,7 +807,8 @@ class SharedLoRACache(SharedCacheBase):
 
     def _regroup(self, digests: dict[str, DownDigests]) -> tuple[str, ...]:
         """Who can read the shared entries that exist, now that adapters were added, removed or changed."""
-        group = [n for n in sharing_group({**digests, "*": self._shared_down}, ("*",)) if n != "*"]
+        (stored,) = SHARED_ENTRY
+        group = [n for n in sharing_group({**digests, stored: self._shared_down}, (stored,)) if n != stored]
         places = {place for name in group for place in digests[name]}
         if places <= set(self._shared_down):
             return tuple(group)
@@ -874,7 +907,15 @@ class SharedLoRACache(SharedCacheBase):
 
     def _told_length(self) -> int:
         """What ``get_seq_length`` says now."""
-        return 0 if self._attachment is None else self._seen_length(self._attachment.agent())
+        attachment, policy = self._attachment, self._policy
+        if attachment is None:
+            return 0
+        if policy is not None and not (
+            attachment.same_adapters() and policy.adapters == attachment.adapters_on_keys_or_values()
+        ):
+            # The policy does not know of a newcomer, and so would take it for an adapter that needs no entries.
+            self._look_for_changes()
+        return self._seen_length(attachment.agent())
 
     def _check_room(self, stop: int) -> None:
         if self.max_cache_len is not None and stop > self.max_cache_len:
@@ -886,13 +927,33 @@ class SharedLoRACache(SharedCacheBase):
     def _turn_state(self) -> tuple:
         return self._mark, self._last_runner, self._new_turn, dict(self._agents), self._limit
 
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """A change of storage, buffer by buffer. Breaks it off half-way (memory runs out, say), nothing is kept.
+
+        To make all of the new storage first would take the memory of a second cache.
+        """
+        try:
+            yield
+        except BaseException:
+            for layer in self.layers:
+                layer.reset()
+            self._forget()
+            raise
+
     def _undo_steps(self, length: int, state: tuple) -> None:
         """Take back the first tokens of a pass that failed later; ``state`` is :meth:`_turn_state` before it."""
+        if self.trajectory_length < length:
+            return  # a commit failed, and nothing was kept
         self._truncate(length)
         self._mark, self._last_runner, self._new_turn, self._agents, self._limit = state
 
     def _truncate(self, length: int) -> None:
         """Forget tokens from ``length`` on; :meth:`_can_go_back` has been asked."""
+        with self._all_or_nothing():
+            self._forget_from(length)
+
+    def _forget_from(self, length: int) -> None:
         for layer in self._sliding_layers():
             for buffer in (*layer.base(), *layer.norm_windows()):
                 buffer.go_back(length)
@@ -1091,9 +1152,22 @@ class SharedLoRACache(SharedCacheBase):
 
     def _commit(self, now: ForwardPass) -> None:
         """Make the tokens of a finished pass part of the cache."""
-        self._unfinished = False
         if now.blind:
+            self._unfinished = False
             return
+        if self._window is None:
+            self._add(now)
+        else:
+            with self._all_or_nothing():
+                self._add(now)
+                full = self._full_at is not None and self.trajectory_length >= self._full_at
+                if full or now.staged or now.stop - now.start > 1 or now.stop < now.previous or now.mark != self._mark:
+                    self._commit_windows(now)
+        self._mark, self._last_runner, self._new_turn = now.mark, now.agent, False
+        self._unfinished = False
+
+    def _add(self, now: ForwardPass) -> None:
+        """In this order: an agent that is not known to cover tokens runs them again, what it covers is not looked at again."""
         if now.stop > now.previous:
             new = now.previous - now.start
             ids, positions = now.ids[:, new:], now.positions
@@ -1104,19 +1178,14 @@ class SharedLoRACache(SharedCacheBase):
             self._trajectory.append(ids, positions, now.attention_mask, now.padded)
             for name in names_in(now.agent):
                 self._first_token.setdefault(name, now.previous)
-        for entry, start in now.writers:
-            self._coverage[entry.key] = max(start, now.stop)
-            if entry.activated and now.invocations is not None:
-                self._invoked[entry.key] = now.invocations
         for key, length in now.rope_lengths.items():
             self._rope_length[key] = length
+        for entry, start in now.writers:
+            if entry.activated and now.invocations is not None:
+                self._invoked[entry.key] = now.invocations
+            self._coverage[entry.key] = max(start, now.stop)
         self._agents.setdefault(now.agent)
         self._limit = None
-        if self._window is not None:
-            full = self._full_at is not None and self.trajectory_length >= self._full_at
-            if full or now.staged or now.stop - now.start > 1 or now.stop < now.previous or now.mark != self._mark:
-                self._commit_windows(now)
-        self._mark, self._last_runner, self._new_turn = now.mark, now.agent, False
 
 
 def _mentions(frame_locals: dict[str, Any], cache: SharedLoRACache) -> bool:

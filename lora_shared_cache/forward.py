@@ -9,6 +9,7 @@ import torch
 
 from .adapters import Agent
 from .attachment import Attachment, AttentionLayer
+from .errors import UnsupportedModelError
 from .invocation import Starts
 from .layout import angles_of
 from .policies import Entry, EntryKey
@@ -71,6 +72,7 @@ class ForwardPass:
         blind: the tokens before the pass are no longer held by sliding layers. Such a pass only walks through tokens that are
             covered; nothing of it is stored, and its output is made unusable.
         staged: a sliding layer has something to let go of when the pass is committed.
+        stored: attention layers that have given K and V to the cache.
     """
 
     attachment: Attachment
@@ -98,6 +100,7 @@ class ForwardPass:
     mark: int = 0
     blind: bool = False
     staged: bool = False
+    stored: int = 0
     window_ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     first_ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -126,7 +129,21 @@ class ForwardPass:
             rope_lengths={},
             window_ropes={},
             first_ropes={},
+            stored=0,
         )
+
+    def check_layers(self) -> None:
+        """Refuse a pass in which some attention layers have not stored their tokens.
+
+        Raises:
+            UnsupportedModelError: with how many.
+        """
+        if self.stored != len(self.attachment.layers):
+            raise UnsupportedModelError(
+                f"{self.stored} of {len(self.attachment.layers)} attention layers gave keys and values to the SharedLoRACache: "
+                "gradient checkpointing in training mode keeps it from them, or layers were skipped. Call model.eval(), or run "
+                "the whole model"
+            )
 
     def commit(self) -> None:
         """Make the pass's tokens part of the cache."""

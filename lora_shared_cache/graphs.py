@@ -183,6 +183,7 @@ class DecodeGraphs:
             # Nothing was committed; the step is run again as a whole.
             now.rope_lengths.clear()
             now.first_ropes.clear()
+            now.stored = 0
             if self.enabled and isinstance(reason, CannotCapture):
                 self._explain(str(reason))
             return None
@@ -283,12 +284,14 @@ class DecodeGraphs:
         now.rope_lengths.clear()
         now.window_ropes.clear()
         now.first_ropes.clear()
+        now.stored = 0
         step.products.restart()
         try:
             with forward_scope(now):
                 out = call_original(now.attachment.decoder, **arguments)
         finally:
             now.slot = now.products = None
+        now.check_layers()
         step.products.finish()
         assert self._state is not None
         self._state[:4].add_(1)  # the next token's place

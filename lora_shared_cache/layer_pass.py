@@ -17,7 +17,7 @@ from .append import append_token
 from .attachment import AttentionLayer, lora_forward
 from .attention import attention_backend
 from .buffers import NotReserved, TokenBuffer, WindowBuffer
-from .errors import TrajectoryError
+from .errors import TrajectoryError, UnsupportedModelError
 from .forward import NORMS, ForwardPass
 from .invocation import active
 from .key_norm import KeyNorm
@@ -383,7 +383,16 @@ class LayerPass:
 
         On a private layer: of the agent's own K/V. On a sliding layer: tokens from the window of the first one on.
         """
-        now, self.stored = self.forward_pass, True
+        now = self.forward_pass
+        rows, n = key_states.shape[0], key_states.shape[-2]
+        if (rows, n) != (now.ids.shape[0], now.stop - now.start):
+            raise UnsupportedModelError(
+                f"{self.layer.name} gave keys of {rows} rows and {n} tokens to the cache, expected {now.ids.shape[0]} and "
+                f"{now.stop - now.start}: an argument of the model was not cut to the tokens that are run. Pass new tokens only"
+            )
+        if not self.stored:
+            self.stored = True
+            now.stored += 1
         if self.private is not None:
             return self._update_private(self.private, key_states, value_states)
         if self.slot is not None:

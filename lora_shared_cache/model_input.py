@@ -10,10 +10,14 @@ from . import adapters as peft_adapters
 from .attachment import Attachment
 from .errors import TrajectoryError, UnsupportedAdapterError
 from .forward import ForwardPass
+from .policies import SHARED_ENTRY
 from .trajectory import UNKNOWN_TOKEN
 
 if TYPE_CHECKING:
     from .cache import SharedLoRACache
+
+# Arguments of a decoder that are aligned with the trajectory by name.
+_ALIGNED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 
 
 def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]) -> tuple[ForwardPass, dict[str, Any]]:
@@ -36,6 +40,8 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
     if inputs is None:
         raise TrajectoryError("the model was called without input_ids and inputs_embeds")
     rows, n = inputs.shape[:2]
+    if rows == 0:
+        raise TrajectoryError("the model was called with a batch of no rows; pass at least one")
     if n == 0:
         raise TrajectoryError(
             "the model was called with no tokens: the prompt is shorter than what is cached. Pass the whole trajectory; "
@@ -68,13 +74,16 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
             f"new ones, {told + n} columns, or leave it out"
         )
     ids = kwargs.get("input_ids")
-    known = ids if ids is not None else inputs.new_full((rows, n), UNKNOWN_TOKEN, dtype=torch.long)
+    known = inputs.new_full((rows, n), UNKNOWN_TOKEN, dtype=torch.long) if ids is None else ids.long()
     if cache.check_tokens:
         trajectory.check_tokens(known, start)
     # A token that generate made follows a prompt that was checked; looking again would make the host wait for the device.
     looks = n > 1 or not cache._in_prompt or start < cache._prompt_length
-    if cache.check_tokens and position_ids is not None:
-        trajectory.check_positions(position_ids, start)
+    if cache.check_tokens and (looks or mask is None):
+        trajectory.check_padding(mask)
+    counted = kwargs.get("position_ids") is None and attachment.takes_position_ids
+    if cache.check_tokens and (counted or position_ids is not None):
+        trajectory.check_positions(position_ids, start, n)
     invocations = None
     if cache._check_activated(attachment, agent):
         whole = known if remembered is None else torch.cat((remembered[:, :start].to(known.device), known), dim=1)
@@ -86,11 +95,9 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
         position_ids = None if position_ids is None else position_ids[:, drop:]
     elif start > covered:
         kwargs, known, position_ids = _prepend_tokens(
-            kwargs, known, position_ids, covered, start, remembered, remembered_positions
+            kwargs, known, position_ids, covered, start, remembered, remembered_positions, counted
         )
         n, start = n + start - covered, covered
-    if cache.check_tokens and (looks or mask is None):
-        trajectory.check_padding(mask)
     stop = start + n
     cache._check_room(stop)
     padded = looks and mask is not None and not bool(mask.all())
@@ -101,6 +108,8 @@ def begin(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str, Any]
     zeros_from = {}
     for entry in () if blind else policy.writers(agent):
         written = cache._written(entry, invocations)
+        if entry.gains and cache._coverage.get(SHARED_ENTRY, 0) < start:
+            continue  # they are computed from the shared entries, which are not there
         if entry.activated:
             # What was computed for another invocation is about to be overwritten.
             cache._coverage[entry.key] = written if written >= start else 0
@@ -178,10 +187,27 @@ def _drop_tokens(kwargs: dict[str, Any], known: torch.Tensor, drop: int) -> dict
             kwargs["position_ids"] = position_ids[..., drop:]
         else:
             kwargs["position_ids"] = None
+    for name in _numbers_per_token(kwargs, known):
+        kwargs[name] = kwargs[name][:, drop:]
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
-        kwargs["attention_mask"] = mask[:, :, drop:]
+    if isinstance(mask, dict):
+        kwargs["attention_mask"] = {kind: _drop_queries(part, drop) for kind, part in mask.items()}
+    else:
+        kwargs["attention_mask"] = _drop_queries(mask, drop)
     return kwargs
+
+
+def _drop_queries(mask: Any, drop: int) -> Any:
+    return mask[:, :, drop:] if isinstance(mask, torch.Tensor) and mask.dim() == 4 else mask
+
+
+def _numbers_per_token(kwargs: dict[str, Any], known: torch.Tensor) -> list[str]:
+    """Other arguments that have an entry for each token of the input (B, n): ``token_type_ids``, for example."""
+    rows, n = known.shape
+    others = [
+        (name, value) for name, value in kwargs.items() if name not in _ALIGNED and isinstance(value, torch.Tensor)
+    ]
+    return [name for name, t in others if t.dim() > 1 and t.shape[0] in (1, rows) and t.shape[1] == n]
 
 
 def _prepend_tokens(
@@ -192,6 +218,7 @@ def _prepend_tokens(
     start: int,
     remembered: torch.Tensor | None,
     remembered_positions: torch.Tensor | None,
+    counted: bool,
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
     """Put recorded tokens ``covered ... start`` before the input: the adapter has not seen them yet."""
     length = 0 if remembered is None else remembered.shape[1]
@@ -208,10 +235,21 @@ def _prepend_tokens(
             f"this adapter has not seen tokens {covered} to {start}, and they are known only as embeddings. Pass the whole "
             "trajectory"
         )
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
-        raise TrajectoryError(f"this adapter has not seen tokens {covered} to {start}; pass them, with a mask for them")
+    what = _numbers_per_token(kwargs, known)
+    if isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() == 4):
+        what.insert(0, "a mask")
+    if position_ids is None and not counted and kwargs.get("position_ids") is not None:
+        what.append("position_ids")
+    if what:
+        raise TrajectoryError(
+            f"this adapter has not seen tokens {covered} to {start}; pass them, with {what[0]} for them"
+        )
+    n = known.shape[1]
     known = torch.cat((missing.to(known.device), known), dim=1)
     kwargs = dict(kwargs, input_ids=known)
+    if counted and not torch.equal(remembered_positions, torch.arange(length, device=missing.device)[None]):
+        # The model counts from the first token, which is right for new ones only.
+        position_ids = torch.arange(start, start + n, device=known.device)[None]
     if position_ids is not None:
         before = remembered_positions[:, covered:start].to(position_ids.device)
         if before.shape[0] != position_ids.shape[0]:

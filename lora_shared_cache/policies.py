@@ -10,20 +10,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .adapters import Agent, names_in, rows_of
+from .adapters import Agent, agent_name, names_in, rows_of
 from .errors import SharedCacheError
 
 Sharing = Literal["auto", "base_shared", "base_lr_shared", "lr_precomputed"]
 SHARING_POLICIES: tuple[str, ...] = ("auto", "base_shared", "base_lr_shared", "lr_precomputed")
 
 EntryKey = tuple[str, ...]
-SHARED_ENTRY: EntryKey = ("*",)
-"""Key of the one low-rank cache of all adapters with a common A."""
+SHARED_ENTRY: EntryKey = ("shared.",)
+"""Key of the one low-rank cache of all adapters with a common A. No adapter has this name: torch.nn.ModuleDict refuses dots."""
 
 
 def private_key(agent: Agent) -> EntryKey:
     """Key of an agent's own K and V on private layers. No adapter's name is empty, so it is the key of nothing else."""
     return ("", *agent)
+
+
+def entry_name(key: EntryKey) -> str:
+    """Whose entries they are, as a text: "plan", "plan+act", "*" for all adapters with a common A; see :func:`agent_name`."""
+    if is_private(key):
+        return agent_name(key[1:])
+    return "+".join(("*", *key[1:])) if key[:1] == SHARED_ENTRY else agent_name(key)
 
 
 def is_private(key: EntryKey) -> bool:

@@ -55,8 +55,8 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
             layer_pass.angles = angles_of(kwargs)
         with layer_scope(layer_pass), torch.no_grad():
             out = call_original(layer.module, **kwargs)
-        if layer_pass.private is not None and not (layer_pass.stored and layer_pass.attended):
-            # A layer that is split was tried out before. This one is not, and its attention may have gone without a mask.
+        if not (layer_pass.stored and layer_pass.attended):
+            # A private layer was not tried out; of any other the attention implementation was changed meanwhile.
             raise UnsupportedModelError(
                 f"{layer.name}: it does not give its own keys and values to the cache and call its attention through "
                 "Transformers' attention interface. Use a DynamicCache per adapter"
@@ -67,8 +67,11 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
             _leave_from_inside(now)
         raise
     if now.entered_from_inside and layer.layer_idx == len(now.attachment.layers) - 1:
-        now.commit()
-        _leave_from_inside(now)
+        try:
+            now.check_layers()
+            now.commit()
+        finally:
+            _leave_from_inside(now)
     return out
 
 
@@ -99,6 +102,7 @@ def _run(now: ForwardPass, kwargs: dict[str, Any]) -> Any:
     if out is None:
         with forward_scope(now):
             out = call_original(now.attachment.decoder, **kwargs)
+        now.check_layers()
     if now.blind:
         # Generate throws it away; nobody shall take it for an answer.
         out[0].fill_(float("nan"))

@@ -117,21 +117,28 @@ class Trajectory:
                 f"{int(differs.int().argmax())}). Keep the padding of earlier turns, or use cache.reset()"
             )
 
-    def check_positions(self, position_ids: torch.Tensor, start: int) -> None:
-        """Refuse other positions (B or 1, n) for cached tokens than those their keys were rotated with.
+    def check_positions(self, position_ids: torch.Tensor | None, start: int, n: int) -> None:
+        """Refuse other positions for cached tokens than those their keys were rotated with.
+
+        Args:
+            position_ids: (B or 1, n) of tokens ``start ...``; None: the model counts from the first token.
 
         Raises:
             TrajectoryError: with the first token.
         """
-        stop = min(self.length, start + position_ids.shape[-1])
+        stop = min(self.length, start + n)
         if stop <= start:
             return
         recorded = self._positions.view(stop, start)
-        differs = (recorded != position_ids[:, : stop - start].to(recorded.device)).any(dim=0)
+        if position_ids is None:
+            given, who = torch.arange(start, stop, device=recorded.device)[None], "without position_ids the model gives"
+        else:
+            given, who = position_ids[:, : stop - start].to(recorded.device), "position_ids give"
+        differs = (recorded != given).any(dim=0)
         if bool(differs.any()):
             raise TrajectoryError(
-                f"position_ids give cached tokens another position than before (first for token "
-                f"{start + int(differs.int().argmax())}); their keys are rotated already"
+                f"{who} cached tokens another position than before (first for token {start + int(differs.int().argmax())}); "
+                "their keys are rotated already. Pass position_ids as at earlier turns"
             )
 
     def append(
@@ -163,6 +170,12 @@ class Trajectory:
         self.length = min(self.length, length)
         if self.length == 0:
             self.__init__()  # type: ignore[misc]
+        self.forget_padding_if_none()
+
+    def forget_padding_if_none(self) -> None:
+        """Where no token is padding any more: as if there never was any. ``generate`` passes no mask of ones to the model."""
+        if self._padding is not None and self.length and bool(self._padding.view(self.length).all()):
+            self._padding = None
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep the rows ``rows``, in that order."""

@@ -456,3 +456,33 @@ def test_the_first_adapter_on_keys_comes_after_tokens_that_needed_no_rotation():
             return model(ids, past_key_values=cache).logits
 
     torch.testing.assert_close(run(late=True), run(late=False), rtol=0, atol=EXACT)
+
+
+def test_an_adapter_that_is_added_again_on_other_layers():
+    model = with_adapters(tiny_llama(), {"act": lora(), "plan": lora(target_modules=["q_proj"])})
+    cache, ids = SharedLoRACache(), tokens(9)
+    take_turn(model, cache, "plan", ids[:, :5])
+    model.delete_adapter("plan")
+    model.add_adapter("plan", lora())
+    fill_adapter(model, "plan", 7)
+    out = take_turn(model, cache, "plan", ids)
+    # The same names, the same modules on keys and values: what it processed is dropped all the same.
+    assert_equal_logits(out, reference(model, ids)[0])
+
+
+@pytest.mark.parametrize("sharing", ["base_shared", "base_lr_shared", "lr_precomputed"])
+def test_the_whole_text_to_an_adapter_that_was_loaded_since(sharing):
+    """Without a mask tokens begin at the coverage, which for a newcomer is 0, as ``get_seq_length`` says."""
+    model, asked = (with_adapters(tiny_llama(), ["plan"]) for _ in range(2))
+    ids, outs = tokens(9), []
+    for m in (model, asked):
+        cache = SharedLoRACache(sharing=sharing)
+        logits(m, ids[:, :6], cache)
+        m.add_adapter("act", lora())
+        fill_adapter(m, "act", 7)
+        share_a(m, NAMES)
+        m.set_adapter("act")
+        covered = cache.get_seq_length() if m is asked else 6 * (sharing == "base_lr_shared")
+        outs.append(logits(m, ids[:, covered:], cache))
+        assert cache.trajectory_length == 9
+    assert_equal_logits(*outs)

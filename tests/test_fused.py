@@ -8,6 +8,7 @@ import transformers
 
 from lora_shared_cache import (
     SharedLoRACache,
+    TrajectoryError,
     UnsupportedModelError,
     attach,
     project_to_shared_a,
@@ -263,3 +264,16 @@ def test_an_activated_lora_starts_at_its_invocation(family, storage):
     for one, other in zip(actual.logits, expected.logits, strict=True):
         assert_equal_logits(one, other, 1e-5)  # generate hands out float32
     assert torch.equal(actual.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("cached", [5, 7])
+def test_token_types_are_cut_with_the_tokens(cached):
+    model = build("gpt2")
+    plain, ids, types = twin(model), tokens(8), tokens(8, seed=3)
+    cache = SharedLoRACache(sharing="base_shared")
+    logits(model, ids[:, :cached], cache, token_type_ids=types[:, :cached])
+    out = logits(model, ids, cache, attention_mask=ones(8), token_type_ids=types)
+    assert_equal_logits(out, reference(plain, ids, token_type_ids=types)[:, cached:])
+    activate(model, "two")
+    with pytest.raises(TrajectoryError, match="tokens 0 to 7; pass them, with token_type_ids for them"):
+        logits(model, ids[:, 7:], cache, attention_mask=ones(8), token_type_ids=types[:, 7:])

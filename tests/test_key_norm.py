@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_shared_cache import SharedLoRACache, UnsupportedAdapterError, UnsupportedModelError, attachment
 from lora_shared_cache.key_norm import KeyNorm, find_key_norms
+from lora_shared_cache.policies import SHARED_ENTRY
 
 from .test_families import FAMILIES, build
 from .tiny import (
@@ -24,6 +25,7 @@ from .tiny import (
     finish,
     logits,
     lora,
+    lora_layers,
     reference,
     share_a,
     tokens,
@@ -186,7 +188,7 @@ def test_norms_of_all_adapters_are_computed_by_whoever_runs(family, sharing, sto
     activate(model, "act")
     assert cache.get_seq_length() == 12
     logits(model, ids, own, attention_mask=mask)
-    key = {"base_lr_shared": ("*", "act"), "lr_precomputed": ("act",)}[sharing]
+    key = {"base_lr_shared": (*SHARED_ENTRY, "act"), "lr_precomputed": ("act",)}[sharing]
     for which in ("gain", "delta_gain", "shift")[: 3 if family == "Phi with norms" else 2]:
         # Hidden states of layer 0 are those of the embedding, whoever is active.
         expected = own.layers[0].entries[("act",)][which].view(12)
@@ -337,3 +339,25 @@ def test_bfloat16(family):
     theirs = (reference(twin(model), tokens(12)).float() - expected).norm()
     ours = (feed(model, tokens(12), SharedLoRACache(), [9, 1, 2]).float() - expected).norm()
     assert 0 < ours <= 1.5 * theirs
+
+
+def test_norms_wait_for_the_shared_entries_that_they_are_computed_from():
+    """A newcomer on more layers makes all shared entries start anew; until then nobody has norms to compute."""
+    narrow = {name: lora(layers_to_transform=[0], rank_pattern={}, alpha_pattern={}) for name in NAMES}
+    outs = []
+    for sharing in ("base_lr_shared", "base_shared"):
+        model = with_adapters(build("Qwen3", torch.float64), narrow)
+        share_a(model, NAMES)
+        cache, ids, mask = SharedLoRACache(sharing=sharing), tokens(12), torch.ones(1, 12, dtype=torch.long)
+        logits(model, ids[:, :5], cache)
+        model.add_adapter("wide", lora(rank_pattern={}, alpha_pattern={}))
+        fill_adapter(model, "wide", 9)
+        with torch.no_grad():
+            for path, module in lora_layers(model):
+                if "plan" in module.lora_A and path.endswith(("k_proj", "v_proj")):
+                    module.lora_A["wide"].weight.copy_(module.lora_A["plan"].weight)
+        activate(model, None)
+        logits(model, ids[:, :9], cache, attention_mask=mask[:, :9])
+        activate(model, "plan")
+        outs.append(logits(model, ids, cache, attention_mask=mask)[:, -1])
+    assert_equal_logits(*outs)

@@ -185,3 +185,65 @@ def test_the_reference_is_not_captured(monkeypatch):
     model, cache = two_adapters(), SharedLoRACache()
     model.generate(tokens(6), attention_mask=torch.ones(1, 6), past_key_values=cache, max_new_tokens=3, pad_token_id=0)
     assert cache.eager_reason == "the reference attention was chosen"
+
+
+def test_rows_that_can_not_be_kept():
+    model, cache = two_adapters(), SharedLoRACache()
+    ids = tokens(6, rows=3)
+    logits(model, ids[:, :4], cache)
+    for change, message in (
+        (lambda: cache.batch_repeat_interleave(0), "batch_repeat_interleave.0.: expected at least 1"),
+        (lambda: cache.batch_select_indices(torch.tensor([False] * 3)), "no row is kept"),
+        (lambda: cache.batch_select_indices(torch.tensor([0, 3])), "the cache holds 3 rows; index 3 is out of bounds"),
+    ):
+        with pytest.raises(SharedCacheError, match=message):
+            change()
+        assert cache.token_ids.tolist() == ids[:, :4].tolist()
+    # As DynamicCache takes them.
+    cache.batch_select_indices(torch.tensor([True, False, True]))
+    cache.batch_select_indices([-1])
+    assert_equal_logits(logits(model, ids[2:, 4:], cache), reference(model, ids[2:])[:, 4:])
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_a_pass_in_which_layers_keep_nothing_is_not_committed():
+    """Gradient checkpointing takes the cache from the layers of a model in training mode, and the model goes on without."""
+    model, cache = two_adapters(), SharedLoRACache()
+    logits(model, tokens(4), cache)
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(UnsupportedModelError, match="0 of 3 attention layers gave keys and values"):
+        logits(model, tokens(6)[:, 4:], cache)
+    model.gradient_checkpointing_disable()
+    model.eval()
+    assert cache.trajectory_length == 4
+    assert_equal_logits(logits(model, tokens(6)[:, 4:], cache), reference(model, tokens(6))[:, 4:])
+
+
+def test_an_argument_that_is_not_cut_to_the_tokens():
+    """A length of one is stretched silently: a layer that brings more tokens than are run is refused."""
+    model, cache = two_adapters(), SharedLoRACache()
+    logits(model, tokens(4), cache)
+    embed = model.get_input_embeddings()
+    handle = embed.register_forward_hook(lambda module, args, out: out.expand(-1, 3, -1))
+    with pytest.raises(UnsupportedModelError, match="gave keys of 1 rows and 3 tokens to the cache, expected 1 and 1"):
+        logits(model, tokens(5)[:, 4:], cache, position_ids=torch.tensor([[4]]))
+    handle.remove()
+    assert_equal_logits(logits(model, tokens(6)[:, 4:], cache), reference(model, tokens(6))[:, 4:])
+
+
+def test_an_attention_implementation_that_changes_in_the_middle_of_a_pass():
+    """Another thread may call set_attn_implementation: without ours low-rank entries would be left out silently."""
+    model, cache = two_adapters(), SharedLoRACache()
+    logits(model, tokens(4), cache)
+    before = model.config._attn_implementation
+
+    def change(module, args, out):
+        model.get_base_model().config._attn_implementation_internal = "eager"
+
+    handle = model.get_input_embeddings().register_forward_hook(change)
+    with pytest.raises(UnsupportedModelError, match="call its attention through"):
+        logits(model, tokens(6)[:, 4:], cache)
+    handle.remove()
+    assert model.config._attn_implementation == before
+    assert_equal_logits(logits(model, tokens(6)[:, 4:], cache), reference(model, tokens(6))[:, 4:])

@@ -343,3 +343,25 @@ def test_auto_decided_with_one_adapter_and_more_later():
     for name, stop in [("act", 9), ("plan", 12)]:
         expected = oracle.turn(agent_of(name), ids[0, :stop].tolist())
         assert_equal_logits(take_turn(model, cache, name, ids[:, :stop])[-len(expected) :], expected)
+
+
+def test_an_adapter_may_have_any_name():
+    """Entries that adapters share have a key of their own, which is no adapter's."""
+    outs = []
+    for name in ("late", "*", "shared"):
+        model = with_adapters(tiny_llama(), ["plan", "act"])
+        share_a(model, ["plan", "act"])
+        cache, ids = SharedLoRACache(), tokens(12)
+        logits(model, ids[:, :5], cache)
+        model.add_adapter(name, lora())
+        fill_adapter(model, name, 9)
+        turns = []
+        for agent, stop in ((name, 8), ("act", 12)):
+            activate(model, agent)
+            turns.append(
+                logits(model, ids[:, :stop], cache, attention_mask=torch.ones(1, stop, dtype=torch.long))[:, -1]
+            )
+        assert cache.coverage() == {"__base__": 12, "plan": 12, "act": 12, name: 8}
+        outs.append(torch.cat(turns))
+    assert_equal_logits(outs[1], outs[0])
+    assert_equal_logits(outs[2], outs[0])

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from lora_shared_cache import SharedCacheError, SharedLoRACache, buffers
@@ -559,3 +560,78 @@ def test_forks_go_their_own_ways():
             assert_equal_logits(
                 take_turn(model, cache, name, ids[:, :stop]), take_turn(model, again, name, ids[:, :stop]), EXACT
             )
+
+
+# ---- memory that runs out ----
+
+
+class OutOfMemoryAt(TorchDispatchMode):
+    """The operation number ``at`` that may allocate fails."""
+
+    def __init__(self, at=None):
+        super().__init__()
+        self.at, self.count = at, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in (
+            "cat",
+            "clone",
+            "empty",
+            "empty_like",
+            "index",
+            "index_select",
+            "new_empty",
+        ):
+            self.count += 1
+            if self.count - 1 == self.at:
+                raise torch.OutOfMemoryError("no memory left")
+        return func(*args, **(kwargs or {}))
+
+
+CHANGES = {
+    "reorder_cache": lambda model, cache, ids: cache.reorder_cache(torch.tensor([1, 0])),
+    "batch_select_indices": lambda model, cache, ids: cache.batch_select_indices(torch.tensor([1, 0])),
+    "batch_repeat_interleave": lambda model, cache, ids: cache.batch_repeat_interleave(2),
+    "crop": lambda model, cache, ids: cache.crop(-7),  # to the start of the turn
+    "commit": lambda model, cache, ids: take_turn(model, cache, "plan", ids),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_memory_runs_out_in_a_change_of_storage(change, monkeypatch):
+    """Then the cache is as it was or empty, and can be used; never a mixture."""
+    model, ids = agents(), tokens(30, rows=2)
+    start = SharedLoRACache(sharing="base_shared")
+    take_turn(model, start, "act", ids[:, :9])
+    for stop in [11] if change == "commit" else [15, 22]:
+        take_turn(model, start, "plan", ids[:, :stop])
+    commit, place = SharedLoRACache._commit, OutOfMemoryAt
+
+    def failing(cache, now):
+        with place:
+            commit(cache, now)
+
+    def run(cache):
+        if change == "commit":
+            with monkeypatch.context() as patch:
+                patch.setattr(SharedLoRACache, "_commit", failing)
+                CHANGES[change](model, cache, ids)
+        else:
+            with place:
+                CHANGES[change](model, cache, ids)
+
+    def goes_on(cache):
+        return torch.cat([take_turn(model, cache, name, ids)[:, -1] for name in ("plan", "act")])
+
+    as_it_was, from_nothing = goes_on(copy.deepcopy(start)), goes_on(SharedLoRACache(sharing="base_shared"))
+    place = OutOfMemoryAt()
+    run(copy.deepcopy(start))
+    operations = place.count
+    assert operations > 3
+    for at in {0, 1, operations // 2, operations - 1}:
+        cache, place = copy.deepcopy(start), OutOfMemoryAt(at)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(cache)
+        kept = cache.trajectory_length
+        assert kept in (0, start.trajectory_length)
+        assert_equal_logits(goes_on(cache), as_it_was if kept else from_nothing)

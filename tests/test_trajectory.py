@@ -347,3 +347,64 @@ def test_crop_of_padding_is_forgotten():
     fresh = tokens(9, rows=2)
     assert_equal_logits(feed(model, fresh, cache, [6, 3]), reference(model, fresh))
     assert difference(reference(model, fresh), reference(model, ids)) > 0.01
+
+
+@pytest.mark.parametrize(
+    "drop_padding", [lambda c: c.batch_select_indices(torch.tensor([0])), lambda c: c.crop(-2)], ids=["select", "crop"]
+)
+def test_padding_that_is_gone_is_no_padding(drop_padding):
+    """``generate`` passes no mask of ones to the model, so a cache without padding must not ask for one."""
+    model = agents_model()
+    ids, mask = tokens(9, rows=2), ones(9, 2)
+    mask[1, 4] = 0
+    cache = SharedLoRACache()
+    logits(model, ids[:, :6], cache, attention_mask=mask[:, :6])
+    drop_padding(cache)
+    rows, length = cache.rows, cache.trajectory_length
+    expected = reference(model, ids[:rows])[:, length:]
+    assert_equal_logits(logits(model, ids[:rows, length:], cache), expected)
+
+
+@pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
+def test_without_position_ids_cached_tokens_keep_their_positions(sharing):
+    model = agents_model()
+    ids, positions = tokens(9), torch.tensor([[0, 1, 2, 10, 11, 12, 13, 7, 8]])
+    outs = []
+    for given in (dict(position_ids=positions), {}):
+        cache = SharedLoRACache(sharing=sharing)
+        activate(model, "plan")
+        logits(model, ids[:, :7], cache, position_ids=positions[:, :7])
+        for name in NAMES:
+            activate(model, name)
+            with pytest.raises(TrajectoryError, match="without position_ids the model gives .*first for token 3"):
+                logits(model, ids, cache, attention_mask=ones(9))
+        # New tokens alone are counted from 7 on; those before them keep theirs when they are run again.
+        start = 0 if given else 7
+        outs.append(logits(model, ids[:, start:], cache, attention_mask=ones(9), **given)[:, -1])
+    assert_equal_logits(*outs)
+
+
+def test_embeddings_of_known_tokens_contradict_nothing():
+    model = agents_model()
+    ids = tokens(9)
+    cache, by_ids = SharedLoRACache(sharing="base_shared"), SharedLoRACache(sharing="base_shared")
+    for c in (cache, by_ids):
+        activate(model, "plan")
+        logits(model, ids[:, :6].int(), c)
+        assert c.token_ids.dtype == torch.int64
+    activate(model, "act")
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(ids)
+        out = model(inputs_embeds=embeddings, past_key_values=cache, attention_mask=ones(9)).logits
+    assert_equal_logits(out, logits(model, ids, by_ids, attention_mask=ones(9)))
+    assert cache.token_ids.tolist() == [[*ids[0, :6].tolist(), -1, -1, -1]]
+
+
+def test_a_batch_of_no_rows_is_refused():
+    model, cache = agents_model(), SharedLoRACache()
+    logits(model, tokens(3), cache)
+    with pytest.raises(TrajectoryError, match="a batch of no rows"):
+        logits(model, tokens(3)[:0], cache)
+    cache.reset()
+    with pytest.raises(TrajectoryError, match="a batch of no rows"):
+        logits(model, tokens(3)[:0], cache)
