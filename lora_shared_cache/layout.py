@@ -87,7 +87,7 @@ NO_ROTATION = RotaryLayout(0)
 
 
 class _NotTried(UnsupportedModelError):
-    """The layer raised an error when it was tried out."""
+    """The layer raised an error, or rounded to a dtype of its own, when it was tried out."""
 
 
 class StopTrial(Exception):
@@ -268,6 +268,10 @@ def _find_layout(
     def states(projected: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         found = run(projected).states
         assert found is not None
+        if any(torch.finfo(t.dtype).eps > torch.finfo(dtype).eps for t in found):
+            raise _NotTried(
+                f"{name}: its attention could not be tried out: it does not keep the dtype of keys and values"
+            )
         return (found[0].float(), found[1].float()) if dtype != torch.float32 else found
 
     before = states(base)

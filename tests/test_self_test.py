@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from lora_shared_cache import SharedLoRACache, UnsupportedModelError, attach, detach, self_test
 from lora_shared_cache.attach import attachment_of
 
+from .models_table import add_adapters, build
 from .test_attach import state_of
 from .tiny import (
     assert_equal_logits,
@@ -21,6 +22,7 @@ from .tiny import (
     tokens,
     with_adapters,
 )
+from .tiny_configs import tiny_config
 
 pytestmark = pytest.mark.integration
 
@@ -156,3 +158,13 @@ def test_private_layers_are_not_tried():
         SharedLoRACache(model)
     expected = reference(model, tokens(9))
     assert_equal_logits(feed(model, tokens(9), SharedLoRACache(model, private_layers=[1]), [6, 3]), expected)
+
+
+@pytest.mark.parametrize("name", ["cohere2", "ernie4_5", "modernbert-decoder"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layers_that_round_to_the_dtype_of_their_queries(name, dtype):
+    """They are tried out in the model's dtype, since keys of float32 come out of them as coarse as that."""
+    model = add_adapters(build(tiny_config(name))).to(dtype)
+    attach(model)
+    attachment = attachment_of(model)
+    assert attachment.tested and not attachment.not_tried
