@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
@@ -125,7 +126,7 @@ def _attach(root: Any) -> None:
         where = f"{unknown[0]} ({type(modules[unknown[0]]).__name__})" if unknown else type(root).__name__
         raise UnsupportedModelError(
             f"{where} has no attention with k_proj and v_proj or one of {', '.join(FUSED_PROJECTIONS)}, which "
-            "SharedLoRACache needs (latent attention is not supported). Use a DynamicCache per adapter"
+            f"SharedLoRACache needs{_projections(modules[unknown[0]]) if unknown else ''}. Use a DynamicCache per adapter"
         )
     decoder = _decoder_of(root, modules)
     if not any(getattr(decoder, f"_supports_{what}", False) for what in ("attention_backend", "sdpa", "flash_attn")):
@@ -234,6 +235,20 @@ def _check_no_other_state(root: PreTrainedModel) -> None:
             f"{type(root).__name__}: {found} keep a state of their own besides keys and values, or in their place. It belongs to "
             "one adapter and can't be shared; use a DynamicCache per adapter"
         )
+
+
+def _projections(attention: nn.Module) -> str:
+    """What an attention layer without known projections has instead."""
+    children = [
+        name
+        for name, child in attention.named_children()
+        if isinstance(getattr(child, "weight", None), torch.Tensor) and not name.endswith("norm")
+    ]
+    if any("kv_a" in name or "kv_b" in name for name in children):
+        return f" (latent attention: its keys and values come from {', '.join(n for n in children if 'kv_' in n)})"
+    if getattr(attention, "is_kv_shared_layer", False):
+        return " (it reads the keys and values of another layer)"
+    return f" (it has {', '.join(children)})" if children else ""
 
 
 def _attention_layers(root: PreTrainedModel) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import re
 import threading
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
@@ -23,9 +24,9 @@ from . import adapters as peft_adapters
 from .adapters import Agent, is_lora
 from .attention import ATTENTION_NAME, forget_original, remember_original
 from .digest import Digest, DigestReader, digest
-from .errors import UnsupportedAdapterError
+from .errors import UnsupportedAdapterError, UnsupportedModelError
 from .key_norm import KeyNorm, find_key_norms, has_key_norm
-from .layout import NO_ROTATION, RotaryLayout, find_layout
+from .layout import NO_ROTATION, NotTried, RotaryLayout, find_layout
 from .policies import DownDigests
 from .products import linear_of_rows, linear_with_adapters, plain_adapters
 from .scopes import forward_scope, layer_scope
@@ -201,9 +202,28 @@ class AttentionLayer:
         kind = (*self.kind_of_module(), adapted, tuple(widths.items()), device, kwargs["hidden_states"].dtype)
         layout = self._as_layers_of_this_kind(self.attachment.layouts.get(kind), norms)
         if layout is None:
-            layout = find_layout(self.name, forward, kwargs, self.sources, widths, norms)
+            try:
+                layout = find_layout(self.name, forward, kwargs, self.sources, widths, norms, self._multipliers())
+            except NotTried as error:
+                if _dispatches(self.module):
+                    raise
+                raise UnsupportedModelError(
+                    f"{self.name}: it does not call its attention through Transformers' attention interface, so the low-rank "
+                    "part can't be applied inside it. Use a DynamicCache per adapter"
+                ) from error
             self.attachment.layouts[kind] = layout
         self.layout, self.probed, self.kind = layout, adapted, kind
+
+    def _multipliers(self) -> list[str]:
+        """What a layer has by whose name keys or values may be clipped, scaled or normalised."""
+        found: dict[str, None] = {}
+        for owner in (self.module, getattr(self.module, "config", None)):
+            for key, value in vars(owner).items() if owner is not None else ():
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if number and re.search(r"clip_(qkv|kv)|key_multiplier|(^|_)(v|value|k|key)_scale", key):
+                    found[f"{key}={value:g}"] = None
+        found.update((name, None) for name, _ in self.module.named_children() if name in ("v_norm", "value_norm"))
+        return list(found)
 
     def kind_of_module(self) -> tuple:
         """All that may make a layer behave as others of its class do not: settings, parts, what the config says of it."""
@@ -600,6 +620,12 @@ def call_original(module: Any, *args: Any, **kwargs: Any) -> Any:
 def record_of(module: nn.Module) -> Any:
     """The record of an attached module, or None."""
     return module.__dict__.get(RECORD)
+
+
+def _dispatches(module: Any) -> bool:
+    """Whether a module's forward mentions Transformers' attention interface; only for the wording of an error."""
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 def has_forward_of_its_own(module: Any) -> bool:

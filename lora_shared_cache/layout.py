@@ -7,7 +7,7 @@ like ``K = base + RoPE(delta)`` and ``V = base + delta`` for a rotation we know 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -86,7 +86,7 @@ class RotaryLayout:
 NO_ROTATION = RotaryLayout(0)
 
 
-class _NotTried(UnsupportedModelError):
+class NotTried(UnsupportedModelError):
     """The layer raised an error, or rounded to a dtype of its own, when it was tried out."""
 
 
@@ -185,6 +185,7 @@ def find_layout(
     sources: dict[str, str],
     widths: dict[str, int],
     key_norms: Callable[[int, int], list[KeyNorm]],
+    settings: Sequence[str] = (),
 ) -> RotaryLayout:
     """Find the layout of an attention layer, or refuse the layer.
 
@@ -195,18 +196,19 @@ def find_layout(
         sources: where "k_proj" and "v_proj" come from: themselves, or both from one fused projection.
         widths: output width of those projections that carry adapters.
         key_norms: given Hk and D, what a norm that the layer has for its keys may be, of the kinds that can be split.
+        settings: what may be why a layer is refused (clipping, multipliers), for the error.
 
     Raises:
         UnsupportedModelError: the layer does not dispatch its attention, gives nothing to the cache, or treats its keys
             or values in a way that is not base + delta.
     """
     try:
-        return _find_layout(name, forward, kwargs, sources, widths, key_norms, torch.float32)
-    except _NotTried:
+        return _find_layout(name, forward, kwargs, sources, widths, key_norms, settings, torch.float32)
+    except NotTried:
         dtype = kwargs["hidden_states"].dtype
         if dtype not in _PROBE_TOLERANCE or dtype == torch.float32:
             raise
-        return _find_layout(name, forward, kwargs, sources, widths, key_norms, dtype)
+        return _find_layout(name, forward, kwargs, sources, widths, key_norms, settings, dtype)
 
 
 def _find_layout(
@@ -216,11 +218,13 @@ def _find_layout(
     sources: dict[str, str],
     widths: dict[str, int],
     key_norms: Callable[[int, int], list[KeyNorm]],
+    settings: Sequence[str],
     dtype: torch.dtype,
 ) -> RotaryLayout:
     """As :func:`find_layout`, with made-up projections in ``dtype``."""
     hidden = kwargs["hidden_states"]
     device = hidden.device
+    changed = f" ({', '.join(settings)})" if settings else ""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -248,7 +252,7 @@ def _find_layout(
         except torch.OutOfMemoryError:
             raise
         except (TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
-            raise _NotTried(f"{name}: its attention could not be tried out: {error}") from error
+            raise NotTried(f"{name}: its attention could not be tried out: {error}") from error
         if probe.states is None:
             raise UnsupportedModelError(
                 f"{name}: it gave no keys and values to the cache (shared between layers?). Use a "
@@ -269,7 +273,7 @@ def _find_layout(
         found = run(projected).states
         assert found is not None
         if any(torch.finfo(t.dtype).eps > torch.finfo(dtype).eps for t in found):
-            raise _NotTried(
+            raise NotTried(
                 f"{name}: its attention could not be tried out: it does not keep the dtype of keys and values"
             )
         return (found[0].float(), found[1].float()) if dtype != torch.float32 else found
@@ -311,12 +315,15 @@ def _find_layout(
             projected, values = column[None].float(), values[:, :1] + 256 * values[:, 1:2]
         splits = list(_splits(projected, values, key_heads * head_dim))
         if not splits:
-            raise UnsupportedModelError(f"{name}: its values are not columns of what {fused} gives")
+            raise UnsupportedModelError(
+                f"{name}: its values are not columns of what {fused} gives{changed}, so an adapter on it has no low-rank form. "
+                "Use private_layers, or a DynamicCache per adapter"
+            )
     value_delta = delta_of("v_proj", splits[0])
     if value_delta is not None and not explains(heads(value_delta), after[1] - before[1]):
         raise UnsupportedModelError(
-            f"{name}: its values are not v_proj's output split into heads of {head_dim}, so an adapter on v_proj has no "
-            "low-rank form. Adapters without v_proj work"
+            f"{name}: its values are not v_proj's output split into heads of {head_dim}{changed}, so an adapter on v_proj "
+            "has no low-rank form. Adapters without v_proj work, and private_layers do"
         )
     if sources["k_proj"] not in widths:
         return replace(NO_ROTATION, head_dim=head_dim, key_heads=key_heads)
@@ -349,9 +356,9 @@ def _find_layout(
                         _check_query(name, fused, columns, base, delta, run, dtype)
                     return replace(layout, key_norm=norm, head_dim=head_dim, key_heads=key_heads, fused=columns)
     raise UnsupportedModelError(
-        f"{name}: its keys are not k_proj's output plus a rotation (are they scaled or clipped, or normalised otherwise than by "
-        "an RMS norm or, before the rotation, a LayerNorm?), so an adapter on k_proj has no low-rank form here. Adapters without "
-        "k_proj work"
+        f"{name}: its keys are not k_proj's output plus a rotation{changed} (are they scaled or clipped, or normalised "
+        "otherwise than by an RMS norm or, before the rotation, a LayerNorm?), so an adapter on k_proj has no low-rank form. "
+        "Adapters without k_proj work, and private_layers do"
     )
 
 
@@ -400,7 +407,10 @@ def _check_query(
     before, after = (run({**base, fused: projected.to(dtype)}).query for projected in (base[fused], changed))
     assert before is not None and after is not None
     if not torch.equal(before, after):
-        raise UnsupportedModelError(f"{name}: its queries are made of the columns of {fused} that give keys and values")
+        raise UnsupportedModelError(
+            f"{name}: its queries are made of the columns of {fused} that give keys and values. Use private_layers, or a "
+            "DynamicCache per adapter"
+        )
 
 
 def _candidates(width: int | None, head_dim: int) -> list[RotaryLayout]:
