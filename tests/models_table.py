@@ -243,6 +243,7 @@ def _refusal(model: Any) -> str | None:
     except (UnsupportedModelError, UnsupportedAdapterError) as error:
         return str(error)
     except Exception:
+        # It fails with any cache, and is listed as not runnable, with PEFT's error.
         return None
     finally:
         detach(model)
