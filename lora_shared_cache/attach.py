@@ -179,7 +179,7 @@ def detach(model: nn.Module) -> nn.Module:
     if attachment is None:
         return model
     clear_interrupted_pass()
-    if attachment.active:
+    if any(who() is not None for who in attachment.active):
         raise SharedCacheError("detach was called while a forward pass with a SharedLoRACache is running")
     root = attachment.root
     for module in root.modules():

@@ -11,6 +11,7 @@ import inspect
 import operator
 import re
 import threading
+import weakref
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from types import MethodType
@@ -274,7 +275,7 @@ class Attachment:
         not_tried: why a layer or the model could not be tried out yet.
         lora_layers: (path, layer) of every LoRA layer of the model.
         originals: (config, attention implementation) as they were.
-        active: shared forward passes under way; the attention implementation is ours while there is one.
+        active: who has a shared forward pass under way; the attention implementation is ours while somebody has.
     """
 
     root: Any
@@ -286,7 +287,7 @@ class Attachment:
     not_tried: dict[str, str] = field(default_factory=dict)
     lora_layers: list[tuple[str, Any]] = field(default_factory=list)
     originals: list[tuple[Any, str]] = field(default_factory=list)
-    active: int = 0
+    active: set[weakref.ref] = field(default_factory=set)
     _structure: Any = None
     _projections: _Places = field(default_factory=lambda: ([], []))
     _checked: Any = None
@@ -569,28 +570,36 @@ class Attachment:
 
     # ---- attention implementation ----------------------------------------------------------------------------------
 
-    def enter(self) -> None:
-        """Switch the model's attention to ours, for one forward pass."""
+    def enter(self, who: Any) -> None:
+        """Switch the model's attention to ours, for a forward pass of ``who``; to be called in the ``try`` that ends with leave."""
         with _switch_lock:
-            self.active += 1
-            if self.active == 1:
+            # Of a cache that is gone an interrupt has kept `leave` from running.
+            self.active = {ref for ref in self.active if ref() is not None}
+            first = not self.active
+            if first:
+                self._switch_back()
                 # Attention without a config asks no interface either; its layer is refused when it is tried out.
                 found = (getattr(layer.module, "config", None) for layer in self.layers.values())
                 configs = {id(config): config for config in (self.decoder.config, *found) if config is not None}
                 self.originals = [(config, config._attn_implementation) for config in configs.values()]
+            self.active.add(weakref.ref(who))
+            if first:
                 for config, original in self.originals:
                     remember_original(config, original)
                     config._attn_implementation_internal = ATTENTION_NAME
 
-    def leave(self) -> None:
-        """Undo :meth:`enter`."""
+    def leave(self, who: Any) -> None:
+        """Undo :meth:`enter`, also one that broke off anywhere; a second time nothing happens."""
         with _switch_lock:
-            self.active -= 1
-            if self.active == 0:
-                for config, original in self.originals:
-                    config._attn_implementation_internal = original
-                    forget_original(config)
-                self.originals = []
+            self.active.discard(weakref.ref(who))
+            if not self.active:
+                self._switch_back()
+
+    def _switch_back(self) -> None:
+        for config, original in self.originals:
+            config._attn_implementation_internal = original
+            forget_original(config)
+        self.originals = []
 
 
 @dataclass

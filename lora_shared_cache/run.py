@@ -84,13 +84,13 @@ def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str
     with cache._exclusive():
         try:
             now, kwargs = begin(attachment, cache, kwargs)
-            attachment.enter()
             try:
+                attachment.enter(cache)
                 # What is cached carries no gradient; a gradient through the rest alone would be silently wrong.
                 with torch.no_grad():
                     out = _run_in_steps(now, kwargs) if cache._graphs.takes_in_steps(now, kwargs) else _run(now, kwargs)
             finally:
-                attachment.leave()
+                attachment.leave(cache)
         except BaseException:
             peft_adapters.remove_left_hooks(attachment.root)
             raise
@@ -148,8 +148,12 @@ def enter_from_inside(attachment: Attachment, cache: SharedLoRACache, frame_loca
         peft_adapters.remove_left_hooks(attachment.root)
         raise
     now.entered_from_inside = True
-    attachment.enter()
-    forward_scope.set(now)
+    try:
+        forward_scope.set(now)
+        attachment.enter(cache)
+    except BaseException:
+        _leave_from_inside(now)
+        raise
 
 
 def clear_interrupted_pass() -> None:
@@ -163,6 +167,6 @@ def clear_interrupted_pass() -> None:
 
 
 def _leave_from_inside(now: ForwardPass) -> None:
-    now.entered_from_inside = False
+    now.attachment.leave(now.cache)
     forward_scope.set(None)
-    now.attachment.leave()
+    now.entered_from_inside = False

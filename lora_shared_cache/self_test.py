@@ -94,9 +94,10 @@ def try_model(attachment: Attachment, private: tuple[int, ...] = (), known_hooks
         # Any token but padding, which some models warn of.
         token = int(getattr(attachment.decoder.config, "pad_token_id", None) == 0)
         ids = torch.full((1, TOKENS), token, device=_device_of_inputs(attachment))
-        attachment.enter()
+        first_pass = _FirstPass(set(last.values()))
         try:
-            with attach_scope(_FirstPass(set(last.values()))), torch.no_grad():
+            attachment.enter(first_pass)
+            with attach_scope(first_pass), torch.no_grad():
                 call_original(
                     attachment.decoder,
                     input_ids=ids,
@@ -110,7 +111,7 @@ def try_model(attachment: Attachment, private: tuple[int, ...] = (), known_hooks
         except Exception as error:
             reason = f"{type(attachment.decoder).__name__} could not be called: {type(error).__name__}: {error}"
         finally:
-            attachment.leave()
+            attachment.leave(first_pass)
     if reason is not None:
         _put_off(attachment, type(attachment.decoder).__name__, reason)
     else:

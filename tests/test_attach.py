@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import linecache
+import sys
 import threading
 import weakref
 
@@ -17,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lora_shared_cache
 from lora_shared_cache import ATTENTION_NAME, SharedCacheError, SharedLoRACache, TrajectoryError, attach, detach
+from lora_shared_cache.attachment import Attachment
 
 from .tiny import (
     SHAPE,
@@ -28,6 +31,7 @@ from .tiny import (
     finish,
     logits,
     lora,
+    ones,
     reference,
     tiny_llama,
     tokens,
@@ -410,6 +414,52 @@ def test_an_error_in_the_pass_that_attached_is_forgotten_at_the_next_call(where,
     assert_equal_logits(feed(model, tokens(9), cache, [6, 3]), expected)
     assert model.config._attn_implementation == implementation
     assert torch.equal(reference(model, tokens(9)), expected)
+
+
+def test_an_interrupt_at_any_line_of_the_switch_of_the_attention_leaves_the_model_as_before(storage):
+    if storage != "growing":
+        return  # has nothing to do with it
+    config = lora(rank_pattern={}, alpha_pattern={})
+    model = with_adapters(tiny_llama(num_hidden_layers=1), {"plan": config})
+    expected = reference(model, tokens(5))
+    implementation = model.config._attn_implementation
+    attach(model)
+    method, lines = None, 0
+
+    def trace(frame, event, arg):
+        nonlocal lines
+        if method.__code__ not in (frame.f_code, frame.f_back.f_code):
+            return None
+        # Python itself raises no interrupt where a `with` ends: the lock would stay.
+        here = event == "line" and "with " not in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        lines -= here
+        if here and lines == 0:
+            raise KeyboardInterrupt("on purpose")
+        return trace
+
+    def interrupted_at(a_method, line):
+        nonlocal method, lines
+        method, cache, before, lines = a_method, SharedLoRACache(model), sys.gettrace(), line
+        sys.settrace(trace)
+        try:
+            logits(model, tokens(5), cache, attention_mask=ones(5))
+        except KeyboardInterrupt:
+            return cache
+        finally:
+            sys.settrace(before)
+        return None
+
+    for a_method, everywhere in ((Attachment.enter, True), (Attachment.leave, False)):
+        line = 1
+        while (cache := interrupted_at(a_method, line)) is not None:
+            if everywhere:
+                assert model.config._attn_implementation == implementation, line
+            assert torch.equal(reference(model, tokens(5)), expected)
+            last = logits(model, tokens(5), cache, attention_mask=ones(5))[:, -1]
+            assert_equal_logits(last, expected[:, -1])
+            assert model.config._attn_implementation == implementation, line
+            line += 1
+        assert line > 5
 
 
 def test_an_error_after_the_last_attention_of_the_pass_that_attached():
