@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flash_lora_attention.calls import kind_of, on_device_of, record, remembered, start_kernel
 from flash_lora_attention.sizes import next_power_of_2
 
 
@@ -42,14 +43,26 @@ def append_token_kernel(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor, 
 
 
 def _launch(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    tensors = (index, *(target for target, _ in jobs), *(new for _, new in jobs))
+    kind = kind_of(tensors, ("append",))
+    plan = remembered(kind)
+    with on_device_of(index):
+        if plan is None:
+            record(kind, tensors, lambda: _start(index, jobs))
+        else:
+            plan.run(tensors)
+
+
+def _start(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[()]:
     four = [tuple(t if t.dim() == 4 else t[:, None] for t in job) for job in jobs]
     targets = tuple(target for target, _ in four)
     sources = tuple(new if new.stride(-1) == 1 else new.contiguous() for _, new in four)
     heads, widths = tuple(t.shape[1] for t in targets), tuple(t.shape[-1] for t in targets)
-    _append_kernel[(len(jobs), sources[0].shape[0])](
-        index, targets, sources,
+    start_kernel(
+        _append_kernel, (len(jobs), sources[0].shape[0]), index, targets, sources,
         tuple(t.stride(0) for t in targets), tuple(t.stride(1) for t in targets), tuple(t.stride(2) for t in targets),
         tuple(s.stride(0) for s in sources), tuple(s.stride(1) for s in sources),
         N=len(jobs), HEADS=heads, WIDTHS=widths,
         BLOCKS=tuple(next_power_of_2(h * w) for h, w in zip(heads, widths, strict=True)),
     )  # fmt: skip
+    return ()

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from .calls import empty
 from .fold import fold_queries, folded_scores, low_rank_scores, side_by_side
 from .inputs import Inputs, launch
 from .merge_kernel import launches_dependents, merge_partials
@@ -414,8 +415,8 @@ def split_kv_attention(
         num_splits = _split_count(programs, x.visible_keys, config, x.query.device)
     partial = num_splits > 1
     shape = (num_splits, x.B, x.Hk * x.G, x.S)
-    out = torch.empty((*shape, x.D), dtype=torch.float32 if partial else x.query.dtype, device=x.query.device)
-    lse = torch.empty(shape, dtype=torch.float32, device=x.query.device)
+    out = empty((*shape, x.D), torch.float32 if partial else x.query.dtype, x.query.device)
+    lse = empty(shape, torch.float32, x.query.device)
     # The folded product has at least 16 columns.
     block_rk = max(next_power_of_2(x.rk), 16 // min(16, rows * block_c))
     folded = rows * block_c * block_rk <= config.max_folded

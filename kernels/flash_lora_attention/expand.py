@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .calls import empty, perform, start_kernel
 from .inputs import Inputs, alignments
 from .merge_kernel import merge_partials
 from .sizes import cdiv, next_power_of_2
@@ -184,9 +185,9 @@ def expand(x: Inputs, length: int, config: ExpandConfig, with_value: bool = True
     key, value = x.key[:, :, :length], x.value[:, :, :length]
     out_k = out_v = None
     if x.key_low_rank is not None or x.key_gain is not None:
-        out_k = torch.empty(shape, dtype=x.query.dtype, device=x.query.device)
+        out_k = empty(shape, x.query.dtype, x.query.device)
     if x.value_low_rank is not None and with_value:
-        out_v = torch.empty(shape, dtype=x.query.dtype, device=x.query.device)
+        out_v = empty(shape, x.query.dtype, x.query.device)
     if (out_k is not None or out_v is not None) and length and x.B:
         num_t = cdiv(length, config.block_t)
         # All heads in one program, as long as there are enough programs.
@@ -196,7 +197,8 @@ def expand(x: Inputs, length: int, config: ExpandConfig, with_value: bool = True
         def strides(tensor: torch.Tensor | None, n: int) -> tuple[int, ...]:
             return (0,) * n if tensor is None else tensor.stride()[:n]
 
-        expand_kernel[(num_t * num_groups * x.B,)](
+        start_kernel(
+            expand_kernel, (num_t * num_groups * x.B,),
             x.key, x.value, x.key_low_rank, x.key_up, value_low_rank, x.value_up, x.adapter_index, x.cos, x.sin,
             x.key_gain, x.key_delta_gain, x.key_delta_weight, out_k, out_v,
             *x.key.stride(), *x.value.stride(), *strides(x.key_low_rank, 2), *strides(value_low_rank, 2),
@@ -311,29 +313,36 @@ def sdpa_attention(
     if not isinstance(length, int):
         raise TypeError("sdpa_attention needs one length for all rows, known to the host: see sdpa_can_express")
     key, value = expand(x, length, expand_config)
-    query, S, scale = x.query, x.S, x.scale
-    past = length - S if x.is_causal else length  # keys that every query sees
+    hopper = torch.cuda.get_device_capability(x.query.device)[0] >= 9
+    cudnn = x.query.dtype != torch.float32 and x.S >= config.cudnn_queries and x.D <= (256 if hopper else 128)
+    if num_splits is None:
+        tiles = cdiv(x.S, 128) * x.B * x.Hk * x.G
+        num_splits = 1
+        past = length - x.S if x.is_causal else length
+        while x.B == 1 and 2 * num_splits * tiles <= num_sms(x.query.device) and num_splits * 2048 <= past:
+            num_splits *= 2
+    out, lse = perform(_sdpa, x.query, key, value, x.sinks, cudnn, num_splits, x.is_causal, x.scale)
+    return out, lse
+
+
+def _sdpa(query, key, value, sinks, cudnn, num_splits, is_causal, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sdpa_attention` over ready-made K and V (B, Hk, length, D)."""
+    S, length = query.shape[2], key.shape[2]
+    past = length - S if is_causal else length  # keys that every query sees
     half = query.dtype != torch.float32
-    hopper = torch.cuda.get_device_capability(query.device)[0] >= 9
-    cudnn = half and S >= config.cudnn_queries and x.D <= (256 if hopper else 128)
     parts: list[tuple[torch.Tensor, torch.Tensor]]
-    if x.is_causal and past == 0:
+    if is_causal and past == 0:
         square = _cudnn_square(query, key, value, scale) if cudnn else None
         parts = [square or (_flash if half else _efficient)(query, key, value, True, scale)]
     elif half and not cudnn:
-        parts = [_flash(query, key, value, x.is_causal, scale)]
+        parts = [_flash(query, key, value, is_causal, scale)]
     elif not half:
         parts = []
         if past:
             parts += [_efficient(query, key[:, :, :past], value[:, :, :past], False, scale)]
-        if x.is_causal:
+        if is_causal:
             parts += [_efficient(query, key[:, :, past:], value[:, :, past:], True, scale)]
     else:
-        if num_splits is None:
-            tiles = cdiv(S, 128) * x.B * x.Hk * x.G
-            num_splits = 1
-            while x.B == 1 and 2 * num_splits * tiles <= num_sms(query.device) and num_splits * 2048 <= past:
-                num_splits *= 2
         # What a piece of few significant bits leaves over joins the block in the lower-right causal part.
         unit = max(64 * num_splits, 1 << max(0, past.bit_length() - 5))
         cut = past // unit * unit
@@ -342,13 +351,13 @@ def sdpa_attention(
             parts += [_cudnn_folded(query, key[:, :, :cut], value[:, :, :cut], num_splits, scale)]
         if cut < length:
             key, value = key[:, :, cut:], value[:, :, cut:]
-            if x.is_causal and length - cut == S:
+            if is_causal and length - cut == S:
                 parts += [_cudnn_square(query, key, value, scale)]
             else:
-                parts += [_flash(query, key, value, x.is_causal, scale)]
-    if len(parts) == 1 and x.sinks is None and (parts[0][0].dim() == 4 or parts[0][0].shape[0] == 1):
+                parts += [_flash(query, key, value, is_causal, scale)]
+    if len(parts) == 1 and sinks is None and (parts[0][0].dim() == 4 or parts[0][0].shape[0] == 1):
         out, lse = parts[0]
         return (out, lse) if out.dim() == 4 else (out[0], lse[0])
     out = torch.cat([o if o.dim() == 5 else o.unsqueeze(0) for o, _ in parts])
     lse = torch.cat([s if s.dim() == 4 else s.unsqueeze(0) for _, s in parts])
-    return merge_partials(out.contiguous(), lse.float().contiguous(), query.dtype, x.sinks)
+    return merge_partials(out.contiguous(), lse.float().contiguous(), query.dtype, sinks)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from .calls import empty
 from .inputs import Inputs, launch
 from .merge_kernel import launches_dependents, merge_partials
 from .sizes import cdiv, next_power_of_2
@@ -288,8 +289,8 @@ def extend_attention(
         num_splits = max(1, min(wanted, cdiv(x.visible_keys, config.block_n * config.min_tiles), 32))
     partial = num_splits > 1
     shape = (num_splits, x.B, x.Hk * x.G, x.S)
-    out = torch.empty((*shape, x.D), dtype=torch.float32 if partial else x.query.dtype, device=x.query.device)
-    lse = torch.empty(shape, dtype=torch.float32, device=x.query.device)
+    out = empty((*shape, x.D), torch.float32 if partial else x.query.dtype, x.query.device)
+    lse = empty(shape, torch.float32, x.query.device)
     block_rk, block_rv = (max(16, next_power_of_2(r)) for r in (x.rk, x.rv))
     # Maxima of unscaled scores are those of the scaled ones.
     float_mask = x.attention_mask is not None and x.attention_mask.is_floating_point()

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .calls import empty
 from .inputs import Inputs, launch
 from .sizes import cdiv, next_power_of_2
 from .tiles import aligned, pair_columns
@@ -226,7 +227,7 @@ def low_rank_scores(x: Inputs, config: ScoresConfig, columns: int, per_row: bool
     groups = cdiv(x.B, rows)
     wanted = max(1, num_sms(x.query.device) * config.programs_per_sm // (x.Hk * groups))
     num_splits = max(1, min(wanted, cdiv(keys, config.block_n)))
-    out = torch.empty((x.B, x.Hk, keys, columns), dtype=torch.float32, device=x.query.device)
+    out = empty((x.B, x.Hk, keys, columns), torch.float32, x.query.device)
     launch(
         low_rank_scores_kernel,
         (x.Hk * groups * num_splits,),

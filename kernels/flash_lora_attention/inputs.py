@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from triton.runtime.errors import OutOfResources
 
 from .arguments import Problem
+from .calls import start_kernel
 from .rope import half_width
 from .sizes import next_power_of_2
 
@@ -244,8 +245,8 @@ def launch(
     block_n, stages = _fitting.get(identity, (config.block_n, config.num_stages))
     while True:
         try:
-            kernel[grid](
-                *arguments, **runtime, **meta, BLOCK_N=block_n, STAGES=stages, num_warps=config.num_warps,
+            start_kernel(
+                kernel, grid, *arguments, **runtime, **meta, BLOCK_N=block_n, STAGES=stages, num_warps=config.num_warps,
                 num_stages=stages, **options,
             )  # fmt: skip
             break

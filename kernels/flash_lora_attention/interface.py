@@ -64,6 +64,36 @@ def flash_lora_attention(
         ValueError: shapes, dtypes or devices that do not fit, with both values; an unknown ``backend``; "triton" where it
             can't run.
     """
+    tensors = (
+        query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, cos, sin, key_gain, key_delta_gain,
+        key_delta_weight, sinks, attention_mask, key_length if isinstance(key_length, torch.Tensor) else None,
+    )  # fmt: skip
+    kind = None
+    on_kernels = _HAS_TRITON and backend != "reference" and (query.is_cuda or backend == "triton")
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if on_kernels and not differentiable and not torch.compiler.is_compiling():
+        from .calls import kind_of, on_device_of, record, remembered
+
+        number = None if isinstance(key_length, torch.Tensor) else key_length
+        kind = kind_of(
+            tensors,
+            (
+                low_rank_per_adapter,
+                rotary_dim,
+                rotary_interleaved,
+                scale,
+                is_causal,
+                sliding_window,
+                softcap,
+                number,
+                backend,
+            ),
+        )
+        plan = remembered(kind)
+        if plan is not None:
+            with on_device_of(query):
+                out, lse = plan.run(tensors)
+            return (out, lse) if return_lse else out
     check_arguments(
         query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
         cos, sin, rotary_dim, key_gain, key_delta_gain, key_delta_weight, sliding_window, softcap, sinks, attention_mask,
@@ -83,6 +113,8 @@ def flash_lora_attention(
 
         tensor = key_length if isinstance(key_length, torch.Tensor) else None
         out, lse = forward(*arguments, tensor, None if tensor is not None else key_length, backend)
+    elif kind is not None:
+        out, lse = record(kind, tensors, lambda: run(*arguments, key_length, backend))
     else:
         out, lse = run(*arguments, key_length, backend)
     return (out, lse) if return_lse else out
@@ -124,6 +156,7 @@ def run(
         )  # fmt: skip
         return out_and_lse[0], out_and_lse[1]
     from .arguments import Problem
+    from .calls import on_device_of
     from .inputs import prepare
 
     key_length = key.shape[2] if key_length is None else key_length
@@ -138,7 +171,8 @@ def run(
     if query.numel() == 0 or key.shape[2] == 0:
         out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
         return out, lse if sinks is None else sinks.float()[None, :, None].expand_as(lse).contiguous()
-    return dispatch(x)
+    with on_device_of(query):
+        return dispatch(x)
 
 
 def dispatch(x) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from .calls import empty, kind_of, record, remembered, start_kernel
 from .sizes import cdiv, next_power_of_2
 from .tuning import num_sms
 
@@ -68,9 +69,19 @@ def merge_partials(
     out: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype, sinks: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge contiguous parts (n, B, Hq, S, D) and (n, B, Hq, S) in one kernel; ``merge_states`` checks and dispatches."""
+    tensors = (out, lse, sinks)
+    kind = kind_of(tensors, ("merge", dtype))
+    plan = remembered(kind)
+    merged, total = record(kind, tensors, lambda: _merge(out, lse, dtype, sinks)) if plan is None else plan.run(tensors)
+    return merged, total
+
+
+def _merge(
+    out: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     parts, B, Hq, S, D = out.shape
-    merged = torch.empty((B, Hq, S, D), dtype=dtype, device=out.device)
-    total = torch.empty((B, Hq, S), dtype=torch.float32, device=out.device)
+    merged = empty((B, Hq, S, D), dtype, out.device)
+    total = empty((B, Hq, S), torch.float32, out.device)
     rows = B * Hq * S
     if rows:
         # Launched while the parts are still being written, it waits for them on the device.
@@ -79,7 +90,8 @@ def merge_partials(
         block_d = next_power_of_2(D)
         # Some 4,096 elements in flight per program, as long as there are programs for the whole device.
         block_r = next_power_of_2(max(1, min(4096 // (block_s * block_d), rows // (2 * num_sms(out.device)))))
-        merge_kernel[(cdiv(rows, block_r),)](
+        start_kernel(
+            merge_kernel, (cdiv(rows, block_r),),
             out, lse, sinks, merged, total, parts, rows, S, HQ=Hq, D=D, BLOCK_D=block_d, BLOCK_R=block_r,
             BLOCK_S=block_s, DEPENDENT=dependent, num_warps=4, **({"launch_pdl": True} if dependent else {}),
         )  # fmt: skip

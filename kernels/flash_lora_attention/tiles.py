@@ -70,7 +70,8 @@ def aligned(stride, ALIGN: tl.constexpr):
 def prefetch_rows(p_row, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Ask for rows of D entries (pointers to their first) to be brought into L2, in lines of 64 bytes; CUDA only."""
     LINE: tl.constexpr = 512 // p_row.dtype.element_ty.primitive_bitwidth
-    o_line = tl.minimum(tl.arange(0, BLOCK_D // LINE) * LINE, D - 1)
+    LINES: tl.constexpr = BLOCK_D // LINE if BLOCK_D > LINE else 1
+    o_line = tl.minimum(tl.arange(0, LINES) * LINE, D - 1)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p_row[:, None] + o_line[None, :] * stride],
         dtype=tl.int32, is_pure=False, pack=1,
