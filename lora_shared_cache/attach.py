@@ -155,6 +155,7 @@ def _attach(root: Any) -> None:
     # Refuse before anything is changed.
     names = tuple(getattr(root, "peft_config", {}) or {})
     peft_adapters.check_model_wide(root, getattr(root, "peft_config", {}) or {}, names)
+    _restore(root)  # what is left of an attachment that was pickled
     replace_forward(decoder, ModuleRecord(attachment), _decoder_forward)
     for layer in attachment.layers.values():
         replace_forward(layer.module, ModuleRecord(layer), _attention_forward)
@@ -177,11 +178,18 @@ def detach(model: nn.Module) -> nn.Module:
     root = _unwrap(model)
     attachment = attachment_of(root)
     if attachment is None:
+        _restore(root)  # it may come out of a pickle
         return model
     clear_interrupted_pass()
     if any(who() is not None for who in attachment.active):
         raise SharedCacheError("detach was called while a forward pass with a SharedLoRACache is running")
-    root = attachment.root
+    _restore(attachment.root)
+    forget_graphs(attachment)
+    attachment.layers.clear()
+    return model
+
+
+def _restore(root: nn.Module) -> None:
     for module in root.modules():
         restore_forward(module)
         record = module.__dict__.pop(_GENERATE_RECORD, None)
@@ -189,9 +197,6 @@ def detach(model: nn.Module) -> nn.Module:
             module.__dict__.pop("generate", None)
             if record.original is not None:
                 module.__dict__["generate"] = record.original
-    forget_graphs(attachment)
-    attachment.layers.clear()
-    return model
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:

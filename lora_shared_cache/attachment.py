@@ -6,6 +6,7 @@ with a shared cache is in ``run.py``.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import operator
@@ -25,7 +26,7 @@ from . import adapters as peft_adapters
 from .adapters import Agent, is_lora
 from .attention import ATTENTION_NAME, forget_original, remember_original
 from .digest import Digest, DigestReader, digest
-from .errors import UnsupportedAdapterError, UnsupportedModelError
+from .errors import SharedCacheError, UnsupportedAdapterError, UnsupportedModelError
 from .key_norm import KeyNorm, find_key_norms, has_key_norm
 from .layout import NO_ROTATION, NotTried, RotaryLayout, find_layout
 from .policies import DownDigests
@@ -571,7 +572,7 @@ class Attachment:
     # ---- attention implementation ----------------------------------------------------------------------------------
 
     def enter(self, who: Any) -> None:
-        """Switch the model's attention to ours, for a forward pass of ``who``; to be called in the ``try`` that ends with leave."""
+        """Switch the model's attention to ours, for a forward pass of ``who``; call it in the ``try`` that ends with leave."""
         with _switch_lock:
             # Of a cache that is gone an interrupt has kept `leave` from running.
             self.active = {ref for ref in self.active if ref() is not None}
@@ -602,8 +603,27 @@ class Attachment:
         self.originals = []
 
 
+class _Record:
+    """A model that comes out of a pickle is not attached (bound methods come back as the class's); a deep copy is, to itself."""
+
+    original: Any
+
+    def __reduce__(self) -> Any:
+        if self.original is not None:
+            raise SharedCacheError(
+                "an attached model can't be pickled where modules have a forward of their own besides (Accelerate's device "
+                "hooks, say). Call detach(model) before, and attach it again after"
+            )
+        return ModuleRecord, (None,)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        memo[id(self)] = other = object.__new__(type(self))
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
+
+
 @dataclass
-class ProjectionRecord:
+class ProjectionRecord(_Record):
     """What a replaced projection of keys or values knows."""
 
     layer: AttentionLayer
@@ -612,7 +632,7 @@ class ProjectionRecord:
 
 
 @dataclass
-class ModuleRecord:
+class ModuleRecord(_Record):
     """What a replaced decoder, attention layer or ``generate`` knows."""
 
     owner: Any

@@ -556,6 +556,17 @@ class SharedLoRACache(SharedCacheBase):
             setattr(copy, name, dict(getattr(self, name)))
         return copy
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Asked for by ``pickle``, ``torch.save`` and ``copy.copy``.
+
+        Raises:
+            SharedCacheError: always.
+        """
+        raise SharedCacheError(
+            "a SharedLoRACache can't be pickled, saved or copied by copy.copy: it belongs to a model in this process. "
+            "copy.deepcopy(cache) forks it; elsewhere make a new cache and run cache.token_ids with it"
+        )
+
     # ---- first use -------------------------------------------------------------------------------------------------
 
     def _bind(self, attachment: Attachment | None) -> None:

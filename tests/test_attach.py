@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import linecache
+import pickle
 import sys
 import threading
 import weakref
@@ -31,6 +33,7 @@ from .tiny import (
     finish,
     logits,
     lora,
+    lora_layers,
     ones,
     reference,
     tiny_llama,
@@ -326,6 +329,31 @@ def test_a_deep_copy_of_an_attached_model_is_a_model_of_its_own():
     detach(other)
     assert not [p for p, m in other.named_modules() if "forward" in m.__dict__]
     assert [p for p, m in model.named_modules() if "forward" in m.__dict__]
+
+
+def test_a_pickled_model_comes_back_unattached_and_a_cache_is_not_pickled():
+    model = agents_model()
+    before, cache = state_of(model), used(model)
+    with pytest.raises(SharedCacheError, match="deepcopy"):
+        pickle.dumps(cache)
+    with pytest.raises(SharedCacheError, match="deepcopy"):
+        copy.copy(cache)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False)
+    expected = reference(model, tokens(9))
+    assert torch.equal(reference(other, tokens(9)), expected)
+    with pytest.raises(SharedCacheError, match="tokens of another"):
+        logits(other, tokens(12)[:, 9:], cache)
+    assert_equal_logits(logits(other, tokens(9), used(other), attention_mask=ones(9)), expected[:, -1:])
+    assert state_of(detach(other)) == before
+    assert state_of(detach(pickle.loads(pickle.dumps(model)))) == before
+    layer = lora_layers(detach(model))[0][1]
+    layer.forward = layer.forward
+    attach(model)
+    with pytest.raises(SharedCacheError, match="detach"):
+        pickle.dumps(model)
 
 
 def test_models_and_caches_are_released():
