@@ -61,25 +61,31 @@ class Digest:
         return first, second
 
 
+# For each device the addresses for the kernel, or None where PyTorch reads, and which digests have words there.
+_Tables = dict[torch.device, tuple[torch.Tensor | None, list[Digest]]]
+
+
 class DigestReader:
     """Reads several digests together: one launch and one synchronisation per device, while they stay the same."""
 
     def __init__(self) -> None:
-        self._digests: list[Digest] = []
-        self._tables: dict[torch.device, tuple[torch.Tensor | None, list[Digest]]] = {}
+        # In one attribute, and never changed: threads may read at the same time.
+        self._last: tuple[list[Digest], _Tables] = ([], {})
 
     def read(self, wanted: Sequence[Digest]) -> list[tuple[int, int]]:
         """The content of each, as it is now."""
-        if len(wanted) != len(self._digests) or not all(map(operator.is_, wanted, self._digests)):
-            self._digests, self._tables = list(wanted), {}
+        digests, tables = self._last
+        if len(wanted) != len(digests) or not all(map(operator.is_, wanted, digests)):
+            tables = {}
             for device in dict.fromkeys(device for digest in wanted for device in digest.words):
                 there = [digest for digest in wanted if device in digest.words]
                 by_kernel = device.type == "cuda" and _HAS_TRITON
                 by_kernel = by_kernel and all(w.dtype == torch.int64 for digest in there for w in digest.words[device])
                 table = _table([digest.words[device] for digest in there]) if by_kernel else None
-                self._tables[device] = (table, there)
+                tables[device] = (table, there)
+            self._last = list(wanted), tables
         sums: dict[int, list[Sequence[int]]] = {id(digest): [] for digest in wanted}
-        for device, (table, there) in self._tables.items():
+        for device, (table, there) in tables.items():
             if table is None:
                 read = torch.stack([_sums(digest.words[device], device) for digest in there]).tolist()
             else:

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import lora_shared_cache
 from lora_shared_cache import ATTENTION_NAME, SharedCacheError, SharedLoRACache, TrajectoryError, attach, detach
 from lora_shared_cache.attachment import Attachment
+from lora_shared_cache.digest import Digest, DigestReader
 
 from .tiny import (
     SHAPE,
@@ -579,6 +580,23 @@ def test_two_threads_with_two_caches_on_one_model():
         assert_equal_logits(a, e)
     assert [c.token_ids.tolist() for c in caches] == [i.tolist() for i in ids]
     assert model.config._attn_implementation != ATTENTION_NAME
+
+
+def test_two_threads_that_read_the_content_of_different_adapters_at_once():
+    """Which adapters those are depends on the policy of each thread's cache."""
+    digests = [Digest([torch.arange(8) * k]) for k in range(1, 5)]
+    reader = DigestReader()
+    expected = [DigestReader().read([one])[0] for one in digests]
+
+    class Interrupted(dict):
+        def __iter__(self):
+            digests[0].words = dict(self)
+            run_threads(lambda: reader.read(digests[3:]))
+            return super().__iter__()
+
+    digests[0].words = Interrupted(digests[0].words)
+    assert reader.read(digests[:3]) == expected[:3]
+    assert reader.read(digests[3:]) == expected[3:]
 
 
 def test_one_thread_with_a_shared_cache_and_one_with_a_dynamic_cache():
