@@ -1,4 +1,4 @@
-"""Write one new token into several buffers at a place that only the device knows: one launch per layer instead of many."""
+"""Write new tokens into several buffers at a place that only the device knows: one launch per layer instead of many."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def append_token(index: torch.Tensor, jobs: Sequence[tuple[TokenBuffer, torch.Tensor]]) -> None:
-    """Write each job's token (B, H, 1, D) or (B, 1, r) into its buffer.
+    """Write each job's tokens (B, H, n, D) or (B, n, r) into its buffer.
 
     Args:
-        index: () int64 on the buffers' device, the place.
-        jobs: buffers with room for it, and the tokens in any floating dtype.
+        index: () int64 on the buffers' device, the place of the first.
+        jobs: buffers with room for them, and the tokens in any floating dtype; all have the same n.
 
     Raises:
         NotReserved: a buffer has no room; nothing was written.

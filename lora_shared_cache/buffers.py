@@ -72,14 +72,16 @@ class TokenBuffer:
         return None if self.data is None else self.data.device
 
     def put(self, index: torch.Tensor, new: torch.Tensor) -> None:
-        """Write one token (B, ..., 1, ...) at ``index``, () int64 on the buffer's device: the host learns nothing of where.
+        """Write tokens (B, ..., n, ...) at ``index`` and behind, () int64 on the buffer's device: the host does not learn where.
 
         The capacity must suffice; see :meth:`reserve`.
         """
         if self.data is None or new.shape[0] > self.data.shape[0]:
             raise NotReserved
         rows = [self.data.shape[0], *new.shape[1:]]
-        self.data.index_copy_(self.data.dim() + self.token_dim, index.view(1), new.to(self.data.dtype).expand(rows))
+        n = new.shape[self.token_dim]
+        places = index.view(1) if n == 1 else index + torch.arange(n, device=index.device)
+        self.data.index_copy_(self.data.dim() + self.token_dim, places, new.to(self.data.dtype).expand(rows))
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens``, keeping what is there."""

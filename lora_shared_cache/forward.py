@@ -24,11 +24,11 @@ NORMS = "norms of base keys"
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the one new token of a decode step goes, for steps whose lengths only the device knows (``graphs.py``).
+    """Where a decode step's new token, or a block of them, goes, for steps whose lengths only the device knows (``graphs.py``).
 
     Attributes:
-        index: () int64, its position in the trajectory.
-        length: (B,) int64, tokens including it; the same for all rows.
+        index: () int64, position of the first one in the trajectory.
+        length: (B,) int64, tokens including them; the same for all rows.
         capacity: tokens that fit into every buffer; what the layers see has this length.
         first: () int64, trajectory position of the buffers' first token; None: 0.
         window: the same for sliding layers that keep only their last tokens; None: there are none.
@@ -73,6 +73,7 @@ class ForwardPass:
             covered; nothing of it is stored, and its output is made unusable.
         staged: a sliding layer has something to let go of when the pass is committed.
         stored: attention layers that have given K and V to the cache.
+        block: tokens of the captured block that the pass runs as, at least its own; 0: it does not.
     """
 
     attachment: Attachment
@@ -101,6 +102,7 @@ class ForwardPass:
     blind: bool = False
     staged: bool = False
     stored: int = 0
+    block: int = 0
     window_ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     first_ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -130,6 +132,7 @@ class ForwardPass:
             window_ropes={},
             first_ropes={},
             stored=0,
+            block=0,
         )
 
     def check_layers(self) -> None:

@@ -2,8 +2,11 @@
 
 One graph per set of active adapters and batch size, captured at the second step. Nothing in it depends on lengths that the
 host knows: the new token's place is counted on the device, K/V and low-rank entries are written there, and the attention
-kernel reads the length where it is (``forward.Slot``). A graph holds addresses only, so before each replay everything it was
-captured for is compared: storage, adapters, weights. What can't be captured runs as before, and the cache says why.
+kernel reads the length where it is (``forward.Slot``). Passes of some new tokens (a cue, a short observation) are bound by
+launches as well; those that come again have graphs of their own, for so many tokens or up to four times as many: what is
+written and computed behind the last token, later ones overwrite. A graph holds addresses only, so before each replay
+everything it was captured for is compared: storage, adapters, weights. What can't be captured runs as before, and the cache
+says why.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers.utils import ModelOutput
 
+from .adapters import rows_of
 from .attachment import Attachment, call_original
 from .attention import attention_backend
 from .buffers import MIN_SLACK_ON_CUDA, NotReserved, TokenBuffer, WindowBuffer, allocations, with_slack
@@ -41,6 +45,12 @@ _MAX_USELESS_CAPTURES = 8
 # Most tokens of a pass that is run as captured steps instead. A pass of few tokens of an 8B shape takes 60 to 100 ms on an
 # H100, nearly all of it the host's; a captured step takes 11.
 MAX_STEPS_OF_A_PASS = 4
+# Tokens that graphs of blocks take. Up to some 500 a pass of an 8B shape keeps the host busy for longer than the device.
+BLOCKS = (4, 16, 64, 256, 512)
+# How often a block comes to the same storage before it is captured, which takes the host as long as a pass; and where the
+# alternative is a few captured steps.
+_BLOCK_COMES = 2
+_SHORT_BLOCK_COMES = 3
 # Arguments of a decoder that a captured step brings itself.
 _OWN_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "cache_position")
 # Modules whose hooks do nothing unless a step is refused for other reasons (hidden states or attentions asked for).
@@ -100,11 +110,11 @@ class CudaGraph:
 
 @dataclass
 class _Step:
-    """One captured decode step, or one that is to be captured.
+    """One captured decode step or block of tokens, or one that is to be captured.
 
     Attributes:
-        ids, positions: (B, 1) and (B or 1, 1) int64, its inputs.
-        slot: where the token goes.
+        ids, positions: (B, n) and (B or 1, n) int64, its inputs.
+        slot: where the tokens go.
         capacities: of the buffers, and of those of sliding layers that let go of tokens, if there are any.
         products: how its down-projections are computed.
         graph: None until it is captured.
@@ -132,6 +142,20 @@ class _Step:
     first: int = 0
     windows_at: int = -1
 
+    def take_in(self, now: ForwardPass) -> None:
+        """Copy a pass's tokens and positions. Tokens of a block that the pass does not have may be any; positions go on."""
+        size, tokens = self.ids.shape[1], now.ids.shape[1]
+        self.ids[:, :tokens].copy_(now.ids)
+        if now.positions is not None:
+            self.positions[:, :tokens].copy_(now.positions)
+            if tokens < size:
+                further = torch.arange(1, size - tokens + 1, device=self.positions.device)
+                self.positions[:, tokens:] = now.positions[:, -1:] + further
+        elif size == 1:
+            self.positions.fill_(now.start)
+        else:
+            torch.arange(now.start, now.start + size, out=self.positions[0])
+
 
 @dataclass(eq=False)
 class DecodeGraphs:
@@ -145,6 +169,7 @@ class DecodeGraphs:
     enabled: bool = True
     eager_reason: str | None = None
     _steps: dict[tuple, _Step] = field(default_factory=dict)
+    _came: dict[tuple, tuple[tuple, int]] = field(default_factory=dict)
     _refused: dict[tuple, str] = field(default_factory=dict)
     _state: torch.Tensor | None = None
     _device_at: tuple[int, int] | None = None
@@ -163,6 +188,7 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Forget all graphs."""
         self._steps.clear()
+        self._came.clear()
         self._refused.clear()
         self._pool = self._state = None
         self._device_at = None
@@ -171,8 +197,8 @@ class DecodeGraphs:
     # With graphs switched off a step on CUDA runs the same way, only uncaptured: it gives the very same numbers.
 
     def run(self, now: ForwardPass, kwargs: dict[str, Any]) -> Any:
-        """The decoder's output for a decode step, or None: run it as any other pass."""
-        if now.stop - now.start != 1 or now.start != now.previous or now.previous == 0:
+        """The decoder's output for a decode step or a block (``now.block``), or None: run it as any other pass."""
+        if not (now.block or now.stop - now.start == 1) or now.start != now.previous or now.previous == 0:
             return None
         if not self.enabled and not now.ids.is_cuda:
             return None
@@ -184,11 +210,41 @@ class DecodeGraphs:
             now.rope_lengths.clear()
             now.first_ropes.clear()
             now.stored = 0
-            if self.enabled and isinstance(reason, CannotCapture):
+            if self.enabled and isinstance(reason, CannotCapture) and not now.block:
                 self._explain(str(reason))
             return None
-        self.eager_reason = None
+        if not now.block:
+            self.eager_reason = None
         return out
+
+    def block_of(self, now: ForwardPass, kwargs: dict[str, Any]) -> int:
+        """Tokens of the graph that a pass of several new tokens takes; 0: it has none and gets none.
+
+        A graph pays where the same agent's blocks come again and the storage stays where it is.
+        """
+        tokens = now.stop - now.start
+        if not self.enabled or not 1 < tokens <= BLOCKS[-1] or not 0 < now.previous == now.start:
+            return 0
+        if now.blind or now.zeros_from or now.attachment.rotation_changes or self._padded(now):
+            return 0
+        if rows_of(now.agent) is not None or any(layer.window is not None for layer in self.cache.layers):
+            return 0
+        try:
+            self._check(now, kwargs)
+        except CannotCapture:
+            return 0
+        size = next(size for size in BLOCKS if size >= tokens)
+        buffers = self._buffers(now, False)
+        if not buffers or now.start + size > min(buffer.capacity for buffer in buffers):
+            return 0  # storage does not grow for what no token fills
+        key = self._key(now, kwargs, size)
+        if key in self._refused:
+            return 0
+        addresses = self._addresses(now, False)
+        before, times = self._came.get(key, ((), 0))
+        times = times + 1 if before == addresses else 1
+        self._came[key] = addresses, times
+        return size if times >= (_SHORT_BLOCK_COMES if self.takes_in_steps(now, kwargs) else _BLOCK_COMES) else 0
 
     def takes_in_steps(self, now: ForwardPass, kwargs: dict[str, Any]) -> bool:
         """Whether a pass of a few new tokens (a cue between two turns, say) is faster as so many captured steps.
@@ -205,17 +261,17 @@ class DecodeGraphs:
             self._check(now, kwargs)
         except CannotCapture:
             return False
-        step = self._steps.get(self._key(now, kwargs))
+        step = self._steps.get(self._key(now, kwargs, 0))
         if step is None or step.graph is None or step.ran_with != self._weights:
             return False
         in_place = step.allocations == allocations() or step.fingerprint[0] == self._addresses(now, self._padded(now))
         return in_place and now.stop <= step.slot.capacity
 
-    def _key(self, now: ForwardPass, kwargs: dict[str, Any]) -> tuple:
+    def _key(self, now: ForwardPass, kwargs: dict[str, Any], block: int) -> tuple:
         others = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         return (
             now.agent, now.ids.shape[0], 1 if now.positions is None else now.positions.shape[0], self._padded(now),
-            tuple(entry for entry, _ in now.writers), tuple(now.readers), tuple(sorted(others.items())),
+            tuple(entry for entry, _ in now.writers), tuple(now.readers), tuple(sorted(others.items())), block,
         )  # fmt: skip
 
     def _padded(self, now: ForwardPass) -> bool:
@@ -223,35 +279,32 @@ class DecodeGraphs:
 
     def _step(self, now: ForwardPass, kwargs: dict[str, Any]) -> Any:
         others = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
-        positions = now.positions
         padded = self._padded(now)
+        size = now.block or 1
+        stop = now.start + size
         if any(length != now.start for length in self.cache._rope_length.values()):
             raise NotReserved
-        key = self._key(now, kwargs)
+        key = self._key(now, kwargs, now.block)
         if key in self._refused:
             raise CannotCapture(self._refused[key])
         step = self._steps.get(key)
         if padded:
             self._write_padding(now)
         first = self._first_held(now, step)
-        full = step is not None and step.slot.window is not None and now.stop - first > step.slot.window.capacity
-        if step is None or step.allocations != allocations() or now.stop > step.slot.capacity or full:
-            more = 0 if step is not None else _FIRST_ROOM
-            capacities = self._reserve(now, padded, now.stop + more), self._reserve_windows(now, first, more)
+        full = step is not None and step.slot.window is not None and stop - first > step.slot.window.capacity
+        if step is None or step.allocations != allocations() or stop > step.slot.capacity or full:
+            more = 0 if step is not None or now.block else _FIRST_ROOM
+            capacities = self._reserve(now, padded, stop + more), self._reserve_windows(now, first, more)
             if step is None or step.capacities != capacities:
                 step = self._steps[key] = self._new_step(now, capacities, step)
         step.first, step.windows_at = first, self.cache._windows_at
         addresses = self._addresses(now, padded) if step.allocations != allocations() else step.fingerprint[0]
         fingerprint = (addresses, self._weights)
-        step.ids.copy_(now.ids)
-        if positions is None:
-            step.positions.fill_(now.start)
-        else:
-            step.positions.copy_(positions)
-        if self._device_at != (now.start, first):
+        step.take_in(now)
+        if now.block or self._device_at != (now.start, first):
             assert self._state is not None
             for place, number in zip(
-                self._state, (now.start, now.stop, now.start - first, now.stop - first, first), strict=True
+                self._state, (now.start, stop, now.start - first, stop - first, first), strict=True
             ):
                 place.fill_(number)
         self._device_at = None  # unknown, should anything go wrong from here on
@@ -261,23 +314,34 @@ class DecodeGraphs:
         )  # fmt: skip
         if now.attachment.takes_position_ids:
             arguments["position_ids"] = step.positions
+        whole = now
+        if now.block:
+            whole = replace(now, stop=stop, ids=step.ids, positions=step.positions, rope_lengths={})
         if not self.enabled or step.ran_with != self._weights:
             # The first step only runs: what libraries and kernels load or compile, and what is made of the adapters' weights,
             # must not come to be in a capture.
             if step.ran_with != self._weights:
-                step.products = DownProducts(now.attachment)
+                step.products = self._products(key, now.attachment)
             step.graph, step.ran_with = None, ()
-            out = self._attempt(key, lambda: self._static_pass(now, arguments, step))
-            step.rope_keys, step.ran_with = tuple(now.rope_lengths), self._weights
+            out = self._attempt(key, lambda: self._static_pass(whole, arguments, step))
+            step.rope_keys, step.ran_with = tuple(whole.rope_lengths), self._weights
         else:
             if step.graph is None or fingerprint != step.fingerprint:
-                self._capture(key, step, now, arguments)
+                self._capture(key, step, whole, arguments)
             out = step.graph.replay()
-            now.rope_lengths.update(dict.fromkeys(step.rope_keys, now.stop))
             step.served += 1
+        now.rope_lengths.update(dict.fromkeys(step.rope_keys, now.stop))
         step.fingerprint, step.allocations = fingerprint, allocations()
-        self._device_at = (now.stop, first)
-        return self._fresh(key, out)
+        if not now.block:
+            self._device_at = (now.stop, first)
+        return self._fresh(key, out, now.stop - now.start)
+
+    def _products(self, key: tuple, attachment: Attachment) -> DownProducts:
+        """A step's or block's: those of the same agent's others, so that joined weights exist once."""
+        for other, step in self._steps.items():
+            if other[:-1] == key[:-1] and step.ran_with == self._weights:
+                return step.products
+        return DownProducts(attachment)
 
     def _static_pass(self, now: ForwardPass, arguments: dict[str, Any], step: _Step) -> Any:
         now.slot, now.products = step.slot, step.products
@@ -294,7 +358,8 @@ class DecodeGraphs:
         now.check_layers()
         step.products.finish()
         assert self._state is not None
-        self._state[:4].add_(1)  # the next token's place
+        if not now.block:
+            self._state[:4].add_(1)  # the next token's place
         return out
 
     def _capture(self, key: tuple, step: _Step, now: ForwardPass, arguments: dict[str, Any]) -> None:
@@ -333,14 +398,14 @@ class DecodeGraphs:
         self._steps.pop(key, None)
         raise CannotCapture(reason) from error
 
-    def _fresh(self, key: tuple, out: Any) -> Any:
-        """The decoder's output, in tensors that the next step leaves alone."""
+    def _fresh(self, key: tuple, out: Any, tokens: int) -> Any:
+        """The decoder's output of the first ``tokens`` tokens, in tensors that the next step leaves alone."""
         if not isinstance(out, ModelOutput):
             self._refuse(key, f"the model returns a {type(out).__name__}, not a ModelOutput")
         fields = {}
         for name, value in out.items():
             if isinstance(value, torch.Tensor):
-                value = value.clone()
+                value = value[:, :tokens].clone()
             elif value is not None and value is not self.cache:
                 self._refuse(key, f"the model returns {name}, which is not a tensor")
             fields[name] = value
@@ -361,7 +426,9 @@ class DecodeGraphs:
         sliding = None if window is None else Slot(window_index, window_length.expand(rows_here), window, first)
         slot = Slot(index, length.expand(rows_here), capacity, window=sliding)
         with torch.inference_mode(False):
-            ids, positions = (torch.zeros(n, 1, dtype=torch.int64, device=device) for n in (now.ids.shape[0], rows))
+            ids, positions = (
+                torch.zeros(n, now.block or 1, dtype=torch.int64, device=device) for n in (rows_here, rows)
+            )
         step = _Step(
             ids, positions, slot, capacities, DownProducts(now.attachment) if before is None else before.products
         )

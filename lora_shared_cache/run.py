@@ -88,7 +88,9 @@ def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str
                 attachment.enter(cache)
                 # What is cached carries no gradient; a gradient through the rest alone would be silently wrong.
                 with torch.no_grad():
-                    out = _run_in_steps(now, kwargs) if cache._graphs.takes_in_steps(now, kwargs) else _run(now, kwargs)
+                    now.block = cache._graphs.block_of(now, kwargs)
+                    in_steps = not now.block and cache._graphs.takes_in_steps(now, kwargs)
+                    out = _run_in_steps(now, kwargs) if in_steps else _run(now, kwargs)
             finally:
                 attachment.leave(cache)
         except BaseException:

@@ -12,14 +12,14 @@ import logging
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import Qwen3Config, Qwen3ForCausalLM, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from lora_shared_cache import SharedLoRACache, attach, buffers, detach, graphs, run
 from lora_shared_cache.errors import SharedCacheError
 from lora_shared_cache.scopes import forward_scope
 
 from .conftest import emulate_graphs
-from .tiny import VOCAB, fill_adapter, tiny_llama, tiny_ministral, tiny_mistral, with_adapters
+from .tiny import SHAPE, VOCAB, fill_adapter, finish, share_a, tiny_llama, tiny_ministral, tiny_mistral, with_adapters
 
 pytestmark = pytest.mark.integration
 
@@ -174,9 +174,139 @@ def test_a_few_new_tokens_are_run_as_captured_steps(device, build, sharing, rows
     text, logits = episode(captured)
     assert torch.equal(text, expected[0])
     torch.testing.assert_close(logits, expected[1], rtol=0, atol=1e-12 if device == "cpu" else 1e-4)
-    # One token that is not cached yet and three new ones. Tokens that an agent must run again are run at once.
-    assert [now.stop - now.start for now in in_steps] == ([4, 4, 4, 4] if sharing == "lr_precomputed" else [4])
+    # One token that is not cached yet and three new ones. Tokens that an agent must run again are run at once. The third time
+    # such a pass of one agent is a block of its own, without padding and sliding layers.
+    blocks = rows == 1 and build is tiny_llama
+    expected = ([4, 4, 4] if blocks else [4, 4, 4, 4]) if sharing == "lr_precomputed" else [4]
+    assert [now.stop - now.start for now in in_steps] == expected
     assert captured.coverage() == eager.coverage() and captured.eager_reason is None
+
+
+class Blocks:
+    """Which blocks ran, and how many were captured."""
+
+    def __init__(self, monkeypatch):
+        self.ran = []
+        original = graphs.DecodeGraphs._step
+
+        def step(graphs, now, kwargs):
+            if now.block:
+                self.ran.append((now.block, now.stop - now.start))
+            return original(graphs, now, kwargs)
+
+        monkeypatch.setattr(graphs.DecodeGraphs, "_step", step)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    return Blocks(monkeypatch)
+
+
+def passes(model, cache, lengths, agents, rows: int = 1, **options) -> list[torch.Tensor]:
+    """Hidden states' logits of passes of so many new tokens, by agents in turn."""
+    text, found = prompt("cpu", rows, 12).to(model.device), []
+    with torch.no_grad():
+        for i, n in enumerate([0, *lengths]):
+            model.set_adapter(agents[i % len(agents)])
+            new = prompt("cpu", rows, n, seed=i).to(model.device) if n else text
+            text = torch.cat((text, new), dim=1) if n else text
+            found.append(model(new, past_key_values=cache, attention_mask=torch.ones_like(text), **options).logits)
+    return found
+
+
+def tiny_qwen3(dtype: torch.dtype, **settings) -> Qwen3ForCausalLM:
+    return finish(Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, **settings})), dtype)
+
+
+@pytest.mark.parametrize(
+    "build, sharing, rows",
+    [(tiny_llama, "lr_precomputed", 1), (tiny_llama, "base_lr_shared", 2), (tiny_llama, "base_shared", 1),
+     (tiny_qwen3, "lr_precomputed", 2)],
+)  # fmt: skip
+def test_blocks_of_tokens_that_come_again(device, build, sharing, rows, blocks):
+    model = model_on(device, build)
+    agents = AGENTS if sharing == "lr_precomputed" else ("plan",)
+    if sharing == "base_lr_shared":
+        share_a(model, AGENTS)
+        agents = AGENTS
+    lengths = [5, 9, 16, 7, 7, 6, 1, 3, 2, 13, 11, 10, 20, 4]
+    captured, eager = both(sharing=sharing, max_cache_len=300)
+    expected = passes(model, eager, lengths, agents, rows)
+    assert not blocks.ran
+    found = passes(model, captured, lengths, agents, rows)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12 if device == "cpu" else 1e-4)
+    of_sixteen = [n for size, n in blocks.ran if size == 16]
+    assert of_sixteen == ([7, 7, 6, 13, 11, 10] if len(agents) == 3 else [9, 16, 7, 7, 6, 13, 11, 10])
+    assert captured.coverage() == eager.coverage()
+    # Decode steps and other lengths go on from where a block ended, not from where its graph did.
+    text = captured.token_ids
+    assert torch.equal(generate(model, text, captured), generate(model, text, eager))
+
+
+def test_blocks_of_private_layers_and_back_again(device, blocks):
+    model = model_on(device)
+    captured, eager = both(sharing="base_shared", private_layers=[0], max_cache_len=200)
+    lengths = [5, 6, 7, 8]
+    for cache in (captured, eager):
+        passes(model, cache, lengths, ("act",))
+        cache.crop(-9)
+    assert [n for _, n in blocks.ran] == [6, 7, 8]
+    text = torch.cat((captured.token_ids, prompt(device, n=6)), dim=1)
+    assert torch.equal(generate(model, text, captured), generate(model, text, eager))
+
+
+def test_blocks_are_not_captured_where_the_storage_moves(device, blocks):
+    model = model_on(device)
+    captured, eager = both(sharing="lr_precomputed")
+    n = 100 if device == "cpu" else 300  # more than growing storage has to spare
+    found, expected = (passes(model, cache, [n] * 4, ("plan",)) for cache in (captured, eager))
+    torch.testing.assert_close(found[-1], expected[-1], rtol=0, atol=1e-12 if device == "cpu" else 1e-4)
+    assert not blocks.ran
+
+
+def test_no_block_beyond_the_end_of_the_storage(device, blocks):
+    model = model_on(device)
+    captured, eager = both(sharing="lr_precomputed", max_cache_len=12 + 5 * 5 + 3)
+    found, expected = (passes(model, cache, [5] * 5, ("plan",)) for cache in (captured, eager))
+    torch.testing.assert_close(found[-1], expected[-1], rtol=0, atol=1e-12 if device == "cpu" else 1e-4)
+    assert blocks.ran == [(16, 5), (16, 5)]  # 22 + 16 tokens fit, 27 + 16 do not
+
+
+@pytest.mark.parametrize("why", ["padding", "window", "rows", "off"])
+def test_passes_that_are_no_blocks(device, why, blocks):
+    model = model_on(device, tiny_ministral if why == "window" else tiny_llama)
+    cache = SharedLoRACache(sharing="base_shared", max_cache_len=200, cuda_graphs=why != "off")
+    text = prompt(device, 2, 12)
+    mask = torch.ones_like(text)
+    if why == "padding":
+        mask[0, :3] = 0
+    options = dict(adapter_names=["plan", "act"]) if why == "rows" else {}
+    for i in range(4):
+        text = generate(model, text, cache, 2, attention_mask=mask, **options)
+        text = torch.cat((text, prompt(device, 2, 6, seed=i)), dim=1)
+        mask = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
+    assert not blocks.ran
+
+
+def test_a_block_that_fails_leaves_nothing_behind(device, monkeypatch):
+    model = model_on(device)
+    captured, eager = both(sharing="lr_precomputed", max_cache_len=300)
+    lengths = [6, 7, 8, 6]
+    for cache in (captured, eager):
+        passes(model, cache, lengths, ("plan",))
+    before = captured.trajectory_length, captured.coverage(), captured.memory_footprint()
+    text = torch.cat((captured.token_ids, prompt(device, n=7)), dim=1)
+
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(graphs.DecodeGraphs, "_fresh", fails)
+        with pytest.raises(RuntimeError, match="out of memory"), torch.no_grad():
+            model(text[:, -7:], attention_mask=torch.ones_like(text), past_key_values=captured)
+    assert (captured.trajectory_length, captured.coverage(), captured.memory_footprint()) == before
+    assert torch.equal(generate(model, text, captured), generate(model, text, eager))
 
 
 def test_a_few_new_tokens_that_fail_leave_nothing_behind(device, monkeypatch):

@@ -20,17 +20,19 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("rows, place, most", [(1, 0, 16), (1, 6, 2), (3, 0, 2), (3, 6, 16)])
-def test_one_token_into_many_buffers(rows, place, most, monkeypatch):
+@pytest.mark.parametrize(
+    "rows, place, most, n", [(1, 0, 16, 1), (1, 6, 2, 1), (3, 0, 2, 1), (3, 6, 16, 1), (1, 2, 16, 4), (3, 0, 2, 7)]
+)
+def test_tokens_into_many_buffers(rows, place, most, n, monkeypatch):
     monkeypatch.setattr(append_kernel, "MAX_JOBS", most)
 
     def random(*shape, dtype=torch.float32):
         return torch.randn(*shape, device=device()).to(dtype)
 
-    joint = random(rows, 1, 9)
+    joint = random(rows, n, 9)
     jobs = [
-        (random(rows, 3, 7, 8), random(rows, 1, 3, 8).transpose(1, 2)),
-        (random(rows, 3, 7, 10), random(rows, 3, 1, 10)),
+        (random(rows, 3, 7, 8), random(rows, n, 3, 8).transpose(1, 2)),
+        (random(rows, 3, 7, 10), random(rows, 3, n, 10)),
         (random(rows, 7, 5), joint[..., 4:9]),
         (random(rows, 7, 4, dtype=torch.float16), joint[..., :4]),
         (random(rows, 7, 4), joint[..., 1:9:2]),
@@ -38,7 +40,7 @@ def test_one_token_into_many_buffers(rows, place, most, monkeypatch):
     expected = []
     for target, new in jobs:
         copy = target.clone()
-        copy[..., place, :] = new[..., 0, :].to(copy.dtype)
+        copy[..., place : place + n, :] = new.to(copy.dtype)
         expected.append(copy)
     append_token_kernel(torch.tensor(place, device=device()), jobs)
     for (target, _), copy in zip(jobs, expected, strict=True):
