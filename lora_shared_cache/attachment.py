@@ -272,6 +272,7 @@ class Attachment:
         layers: the attention layers by cache index.
         layouts: what was found of the attention layers, by kind of layer.
         version: counts changes of which adapters there are.
+        base_changes: how often adapters were left in the base weights (``merge_and_unload``).
         tested: (kind of layer, kind of adapter) for which the split was compared with PEFT.
         not_tried: why a layer or the model could not be tried out yet.
         lora_layers: (path, layer) of every LoRA layer of the model.
@@ -284,6 +285,7 @@ class Attachment:
     layers: dict[int, AttentionLayer] = field(default_factory=dict)
     layouts: dict[tuple, RotaryLayout] = field(default_factory=dict)
     version: int = 0
+    base_changes: int = 0
     tested: set[tuple] = field(default_factory=set)
     not_tried: dict[str, str] = field(default_factory=dict)
     lora_layers: list[tuple[str, Any]] = field(default_factory=list)
@@ -312,7 +314,10 @@ class Attachment:
         """Look again at the model's adapters if any was added, deleted or replaced; returns whether that was so."""
         if self._look() == self._structure:
             return False
+        before = self.lora_layers
         self.lora_layers = [(path, m) for path, m in self.root.named_modules() if is_lora(m)]
+        there = {id(m) for _, m in self.lora_layers}
+        self.base_changes += any(m.merged and id(m) not in there for _, m in before)
         # The dicts themselves: going through nn.Module's attributes costs more than all the rest of a stamp.
         self._watched = [(m, m.scaling, m.lora_A._modules, m.lora_B._modules) for _, m in self.lora_layers]
         self._watches.clear()

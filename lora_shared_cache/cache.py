@@ -111,6 +111,7 @@ class SharedLoRACache(SharedCacheBase):
         self.low_rank_dtype = low_rank_dtype
         self.check_tokens = check_tokens
         self._attachment: Attachment | None = None
+        self._base_changes = 0
         self._graphs = DecodeGraphs(self, enabled=cuda_graphs)
         self._lock = threading.Lock()
         self._in_prompt = False
@@ -542,7 +543,7 @@ class SharedLoRACache(SharedCacheBase):
             cuda_graphs=self.cuda_graphs,
         )
         memo[id(self)] = copy
-        copy._attachment = self._attachment
+        copy._attachment, copy._base_changes = self._attachment, self._base_changes
         copy.layers = [layer.clone(copy) for layer in self.layers]
         copy._trajectory = self._trajectory.clone()
         copy._ropes = {key: (cos.clone(), sin.clone()) for key, (cos, sin) in self._ropes.items()}
@@ -573,6 +574,7 @@ class SharedLoRACache(SharedCacheBase):
         assert attachment is not None
         if self._attachment is attachment:
             return
+        self._base_changes = attachment.base_changes
         if self._attachment is not None and self._attachment.decoder is attachment.decoder:
             # The model was detached and attached again; what is cached is still its own.
             self._attachment = attachment
@@ -678,13 +680,16 @@ class SharedLoRACache(SharedCacheBase):
         Raises:
             UnsupportedAdapterError: the split can't express the present state.
         """
+        as_before = attachment.same_adapters()
+        if not as_before:
+            attachment.refresh()  # what is said of layers that are gone (merged and unloaded) is of no use
         agent = attachment.agent()
         peft_adapters.check_not_merged(attachment.lora_layers)
         if attachment.decoder.training:
             peft_adapters.check_no_dropout(attachment.lora_layers, agent)
         if not whole or self._in_prompt:
             same = self._policy is not None and (agent, self._watched(agent)) == self._last_agent
-            if same and attachment.same_adapters() and attachment.unchanged(self._last_state):
+            if same and as_before and attachment.unchanged(self._last_state):
                 return agent
         attachment.refresh()
         agent = attachment.agent()
@@ -743,6 +748,9 @@ class SharedLoRACache(SharedCacheBase):
 
     def _drop_changed(self, attachment: Attachment, contents: dict[str, tuple]) -> None:
         loaded = attachment.adapters()
+        if self._base_changes != attachment.base_changes:
+            self._base_changes = attachment.base_changes
+            self._truncate(0)
         for name, identity in list(self._identities.items()):
             if name not in loaded:
                 # The agent has left: what it processed stays, its entries are of no use.

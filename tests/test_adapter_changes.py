@@ -14,6 +14,7 @@ from .tiny import (
     activate,
     assert_equal_logits,
     difference,
+    feed,
     fill_adapter,
     logits,
     lora,
@@ -486,3 +487,26 @@ def test_the_whole_text_to_an_adapter_that_was_loaded_since(sharing):
         outs.append(logits(m, ids[:, covered:], cache))
         assert cache.trajectory_length == 9
     assert_equal_logits(*outs)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "o_proj"], ["k_proj", "v_proj"]], ids="+".join)
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+def test_adapters_that_are_unloaded_or_merged(how, targets):
+    """With the old cache and a new one: the base model goes on, or the trajectory starts over on the changed base weights."""
+    configs = dict.fromkeys(NAMES, lora(target_modules=targets, rank_pattern={}, alpha_pattern={}))
+    plain = with_adapters(tiny_llama(), configs)
+    old = SharedLoRACache()
+    for one, cache in [(plain, SharedLoRACache()), (with_adapters(tiny_llama(), configs), old)]:
+        feed(one, tokens(9), cache, [7, 1, 1])
+        if one is plain:
+            activate(plain, None)
+            expected = feed(plain, tokens(3, seed=1), cache, [1, 1, 1])
+    model = getattr(one, how)()
+    alone = reference(model, tokens(9))
+    if how == "unload":
+        assert_equal_logits(feed(model, tokens(3, seed=1), old, [1, 1, 1]), expected)
+    else:
+        assert_equal_logits(feed(model, tokens(9), SharedLoRACache(), [7, 1, 1]), alone)
+        assert difference(alone, reference(plain, tokens(9))) > 0.01
+        assert_equal_logits(logits(model, tokens(9), old, attention_mask=torch.ones(1, 9)), alone)
+    assert_equal_logits(feed(model, tokens(9), SharedLoRACache(), [7, 1, 1]), alone)
