@@ -214,7 +214,7 @@ def test_without_check_tokens_the_caller_is_trusted():
     assert cache.trajectory_length == 12 + NEW - 1
 
 
-@pytest.mark.parametrize("mode", ["beams", "return_sequences"])
+@pytest.mark.parametrize("mode", ["beams", "beam_sampling", "return_sequences"])
 def test_several_sequences_on_a_non_empty_cache(mode):
     model, plain = one_agent()
     theirs = generate(plain, prompt(), **MODES[mode])

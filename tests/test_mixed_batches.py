@@ -17,6 +17,7 @@ from .tiny import (
     difference,
     logits,
     lora,
+    norms_in_float64,
     share_a,
     tiny_llama,
     tiny_mistral,
@@ -315,3 +316,24 @@ def test_fused_projections(sharing):
     alone, cache, ids = RowsAlone(twin(model), names), SharedLoRACache(sharing=sharing), tokens(12, rows=4)
     for part in ids.split((6, 4, 1, 1), dim=1):
         assert_equal_logits(logits(model, part, cache, adapter_names=names), alone.feed(part))
+
+
+def test_float32_adapters_on_a_narrower_base_round_as_in_peft(storage):
+    """In captured steps ``s B a`` is added in float32 and rounded once; the measure is the same weights in float64."""
+    names, ids, start = ["plan", "__base__", "act", "plan"], tokens(12, rows=4), 0
+    model = with_adapters(tiny_llama(torch.float32), ["plan", "act"])
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    in_peft, in_float64 = RowsAlone(twin(model), names), RowsAlone(norms_in_float64(twin(model).double()), names)
+    ours, peft, exact, cache = [], [], [], SharedLoRACache(sharing="lr_precomputed")
+    for size in (7, 1, 1, 1, 1, 1):
+        new = ids[:, start : start + size]
+        exact.append(in_float64.feed(new))
+        peft.append(in_peft.feed(new).double())
+        ours.append(logits(model, new, cache, adapter_names=names).double())
+        start += size
+    assert storage != "captured" or cache.eager_reason is None
+    exact, peft, ours = torch.cat(exact, 1), torch.cat(peft, 1), torch.cat(ours, 1)
+    for row in range(len(names)):
+        assert (ours[row] - exact[row]).norm() < 1.5 * (peft[row] - exact[row]).norm() < 0.03 * exact[row].norm()

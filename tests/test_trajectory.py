@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from transformers import DynamicCache
 
 from lora_shared_cache import SharedLoRACache, TrajectoryError
 
@@ -13,9 +15,12 @@ from .tiny import (
     activate,
     agents_model,
     assert_equal_logits,
+    copy_adapter,
     difference,
     feed,
+    finish,
     logits,
+    lora,
     ones,
     reference,
     share_a,
@@ -408,3 +413,27 @@ def test_a_batch_of_no_rows_is_refused():
     cache.reset()
     with pytest.raises(TrajectoryError, match="a batch of no rows"):
         logits(model, tokens(3)[:0], cache)
+
+
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+@pytest.mark.parametrize("family", ["OPT", "BioGpt"])
+def test_positions_that_are_learned_embeddings(family):
+    """Positions of the caller reach the hidden states, not the keys; who comes late gets those of the tokens it runs again."""
+    sizes = dict(OPT=dict(ffn_dim=48, word_embed_proj_dim=32), BioGpt=dict(intermediate_size=48))[family]
+    shape = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    config = getattr(transformers, f"{family}Config")(**shape, **sizes, pad_token_id=0, eos_token_id=None)
+    model = finish(getattr(transformers, f"{family}ForCausalLM")(config), torch.float64)
+    settings = lora(target_modules=["q_proj", "k_proj", "v_proj"], rank_pattern={}, alpha_pattern={})
+    model = with_adapters(model, dict.fromkeys(NAMES, settings))
+    copy_adapter(model, "plan", "act")
+    plain, ids, cache, dynamic = twin(model), tokens(11), SharedLoRACache(sharing="base_shared"), DynamicCache()
+    positions = torch.tensor([[2, 3, 4, 7, 8, 9, 10, 20, 21, 22, 23]])
+    assert difference(reference(plain, ids), reference(plain, ids, position_ids=positions)) > 0.01
+    for name, start, stop in [("plan", 0, 6), ("plan", 6, 7), ("plan", 7, 8), ("act", 8, 10), ("act", 10, 11)]:
+        activate(model, name)
+        given = dict(position_ids=positions[:, start:stop], attention_mask=ones(stop))
+        expected = logits(plain, ids[:, start:stop], dynamic, **given)
+        assert_equal_logits(logits(model, ids[:, start:stop], cache, **given)[:, start - stop :], expected)
+    activate(model, "plan")
+    with pytest.raises(TrajectoryError, match="position"):
+        logits(model, ids, cache, attention_mask=ones(11))
