@@ -158,16 +158,24 @@ def linear_of_rows(
     if not names:
         return out
 
-    def stack() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        downs = [module.lora_A[name].weight.detach() for name in names]
-        ups = [module.lora_B[name].weight.detach() for name in names]
-        of_row = [[float(name == row) * module.scaling[name] for name in names] for row in rows]
-        scale = torch.tensor(of_row, dtype=downs[0].dtype, device=downs[0].device)
-        ranks = torch.tensor([len(down) for down in downs], device=scale.device)
-        return torch.cat(downs), torch.cat(ups, dim=1).T.contiguous(), scale.repeat_interleave(ranks, dim=1)
+    downs = [module.lora_A[name].weight for name in names]
 
-    key = ("rows", id(module), rows, tuple(names))
-    down, up, scale = products.attachment.cached_weights(key, stack)
+    def joined() -> tuple[torch.Tensor, torch.Tensor]:
+        ups = [module.lora_B[name].weight.detach() for name in names]
+        return torch.cat([down.detach() for down in downs]), torch.cat(ups, dim=1).T.contiguous()
+
+    def of_rows() -> torch.Tensor:
+        of_row = [[float(name == row) * scaling for name, scaling in zip(names, scalings, strict=True)] for row in rows]
+        repeats = torch.tensor(ranks, device=downs[0].device)
+        return downs[0].new_tensor(of_row).repeat_interleave(repeats, dim=1)
+
+    # There may be as many assignments of adapters to rows as batches: what is large does not depend on them, and what does is
+    # the same in all layers of these ranks.
+    cached = products.attachment.cached_weights
+    down, up = cached(("rows", id(module), tuple(names)), joined)
+    ranks, scalings = [len(down) for down in downs], [module.scaling[name] for name in names]
+    key = ("scales", rows, tuple(names), *ranks, *scalings, down.dtype, down.device)
+    scale = cached(key, of_rows)
     a = products.down(module, down, x).flatten(0, 1) * scale
     if a.dtype == out.dtype:
         out.view(-1, out.shape[-1]).addmm_(a, up)

@@ -111,7 +111,7 @@ class SharingReport:
 
     Attributes:
         adapters: in the order of their first turns.
-        tokens: of the whole text; ``scored``: those that are compared, all turns but the first.
+        tokens: of the whole text; ``scored``: those that are compared, all of every turn but the first, observations included.
         policies: by name.
         layers: in order.
         skipped: policies that don't apply, with the reason.
@@ -206,7 +206,8 @@ def sharing_report(
     Args:
         model: a ``PeftModel``, or a Transformers model with adapters.
         text: what is replayed. Turns as pairs (adapter, token ids (1, n) or text), the way your agents take them, are best. Token
-            ids (1, n) or one or several texts are cut into two turns per adapter, in turn.
+            ids (1, n) or one or several texts are cut into two turns per adapter, in turn. All tokens of a turn count alike, an
+            observation or a cue in it as much as what the adapter would write.
         adapters: the adapters of such turns; None takes all that are loaded.
         policies: of "non_shared", "fully_shared" (one ``DynamicCache`` for all), "base_shared", "base_lr_shared" and
             "lr_precomputed"; None takes all that apply. "base_shared+private:8-21" is "base_shared" with these layers private.

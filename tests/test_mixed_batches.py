@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from lora_shared_cache import SharedLoRACache, TrajectoryError, UnsupportedAdapterError
+from lora_shared_cache.attach import attachment_of
 
 from .test_families import FAMILIES
 from .test_families import build as build_family
@@ -337,3 +341,20 @@ def test_float32_adapters_on_a_narrower_base_round_as_in_peft(storage):
     exact, peft, ours = torch.cat(exact, 1), torch.cat(peft, 1), torch.cat(ours, 1)
     for row in range(len(names)):
         assert (ours[row] - exact[row]).norm() < 1.5 * (peft[row] - exact[row]).norm() < 0.03 * exact[row].norm()
+
+
+def test_assignments_of_adapters_to_rows_leave_nothing_large_behind(storage):
+    """A server sees new ones all the time; what is made of the adapters' weights for captured steps does not depend on them."""
+    model = with_adapters(tiny_llama(), ["plan", "act", "walk"])
+    sizes = []
+    for rows in itertools.permutations(["plan", "act", "walk"]):
+        cache = SharedLoRACache(model, sharing="lr_precomputed")
+        alone, start = RowsAlone(model, rows), 0
+        for size in (5, 1, 1, 1):
+            new = tokens(8, rows=3)[:, start : start + size]
+            ours = logits(model, new, cache, adapter_names=list(rows))
+            assert_equal_logits(ours, alone.feed(new))
+            start += size
+        kept = pickle.dumps(list(attachment_of(model)._weights.values()))
+        sizes.append(len(kept))
+    assert sizes[-1] < 1.2 * sizes[0], sizes
