@@ -26,17 +26,17 @@ from .attachment import (
     AttentionLayer,
     ModuleRecord,
     call_original,
+    copy_of,
     key_value_sources,
     record_of,
     replace_forward,
     restore_forward,
-    thin,
 )
 from .attention import register_attention
 from .errors import SharedCacheError, UnsupportedModelError
 from .generation import dropped_cache, run_generate
 from .graphs import KNOWN_HOOKS, forget_graphs
-from .run import clear_interrupted_pass, run_attention_layer, run_decoder, shared_cache_in
+from .run import clear_interrupted_pass, run_attention_layer, run_decoder, run_uncompiled, shared_cache_in
 from .scopes import attach_scope, layer_scope
 from .self_test import try_model
 
@@ -166,7 +166,7 @@ def _attach(root: Any) -> None:
 def _replace_generate(root: Any, attachment: Attachment) -> None:
     if hasattr(type(root), "generate"):
         root.__dict__[_GENERATE_RECORD] = ModuleRecord(attachment, root.__dict__.get("generate"))
-        root.__dict__["generate"] = MethodType(functools.wraps(type(root).generate)(thin(_generate)), root)
+        root.__dict__["generate"] = MethodType(functools.wraps(type(root).generate)(copy_of(_generate)), root)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -284,7 +284,8 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return call_original(self, *args, **kwargs)
         with layer_scope(None):
             return call_original(self, *args, **kwargs)
-    return run_attention_layer(record_of(self).owner, cache, args, kwargs)
+    run = run_uncompiled if torch.compiler.is_compiling() else run_attention_layer
+    return run(record_of(self).owner, cache, args, kwargs)
 
 
 def _decoder_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

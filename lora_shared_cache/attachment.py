@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from .errors import SharedCacheError, UnsupportedAdapterError, UnsupportedModelE
 from .key_norm import KeyNorm, find_key_norms, has_key_norm
 from .layout import NO_ROTATION, NotTried, RotaryLayout, find_layout
 from .policies import DownDigests
-from .products import linear_of_rows, linear_with_adapters, plain_adapters
+from .products import linear_of_rows, linear_with_adapters, plain_adapters, plain_lora
 from .scopes import forward_scope, layer_scope
 
 # The attribute that marks an attached module and holds its record.
@@ -680,16 +680,12 @@ def replace_forward(module: nn.Module, record: Any, function: Callable[..., Any]
     record.original = module.__dict__.get("forward")
     setattr(module, RECORD, record)
     # `wraps` keeps the signature, which Transformers inspects; a bound method survives copy.deepcopy of the model.
-    module.forward = MethodType(functools.wraps(type(module).forward)(thin(function)), module)
+    module.forward = MethodType(functools.wraps(type(module).forward)(copy_of(function)), module)
 
 
-def thin(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A new function object that calls ``function``, for ``functools.wraps`` to write on."""
-
-    def forward(self, *args, **kwargs):
-        return function(self, *args, **kwargs)
-
-    return forward
+def copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Another function object of the same code, for ``functools.wraps`` to write on."""
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
 
 
 def _keep_original(record: Any, previous: Any) -> Any:
@@ -712,7 +708,7 @@ def restore_forward(module: nn.Module) -> None:
 
 
 def lora_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """A LoRA layer's forward: PEFT's, or in decode steps whose lengths the device counts the same in fewer launches."""
+    """A LoRA layer's forward: PEFT's, or in passes with a shared cache the same in fewer launches."""
     now = forward_scope.get()
     if now is not None and now.invocations is not None and "alora_offsets" in kwargs:
         kwargs = dict(kwargs, alora_offsets=now.alora_offsets)
@@ -725,16 +721,21 @@ def lora_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) ->
             return queries.repeat(*x.shape[:-1], 1)
         # Of the batch's rows, of which a layer that is tried out knows nothing.
         kwargs = {name: value for name, value in kwargs.items() if name not in peft_adapters.PEFT_ARGUMENTS}
-    products = None if now is None else now.products
-    rows = kwargs.get("adapter_names")
-    if products is None or args or len(kwargs) > (rows is not None) or record_of(self).original is not None:
+    if now is None or args or record_of(self).original is not None:
         return call_original(self, x, *args, **kwargs)
-    names = plain_adapters(self, x, rows)
-    if names is None:
+    products, rows = now.products, kwargs.get("adapter_names")
+    if len(kwargs) > (rows is not None) or (rows is not None and products is None):
         return call_original(self, x, **kwargs)
     if rows is not None and len(set(rows)) > 1:
-        return linear_of_rows(self, tuple(rows), names, x, products)
-    return linear_with_adapters(self, names, x, products)
+        names = plain_adapters(self, x, rows)
+        return (
+            call_original(self, x, **kwargs) if names is None else linear_of_rows(self, tuple(rows), names, x, products)
+        )
+    plan = plain_lora(self, x, now.attachment, rows)
+    # The A's of several adapters are stacked for all steps, not for a pass.
+    if not plan.serves() or (products is None and len(plan.weights) > 1):
+        return call_original(self, x, **kwargs)
+    return linear_with_adapters(plan, self, x, products)
 
 
 def _projection_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -6,6 +6,8 @@ free to fail half-way: what was not committed is not there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 # Tokens of unused capacity that growing leaves: a 32nd of what is needed, so that slack stays within 5 % of a long trajectory.
@@ -59,6 +61,7 @@ class TokenBuffer:
         self.token_dim = token_dim
         self.max_tokens = max_tokens
         self.broadcast_rows = broadcast_rows
+        self._after: tuple[slice, ...] = (slice(None),) * (-1 - token_dim)
         self.data: torch.Tensor | None = None
 
     @property
@@ -90,15 +93,16 @@ class TokenBuffer:
 
     def write(self, start: int, new: torch.Tensor) -> None:
         """Write ``new`` at tokens ``start ...``, keeping the ``start`` tokens before; grows when needed."""
-        n = new.shape[self.token_dim]
-        stop = start + n
+        stop = start + new.size(self.token_dim)
         if start == 0 and self.data is not None and not self._fits(new):
             # Nothing before it is valid: what is there came from a pass that failed, or was cropped away.
             self._replace(None)
-        if self.data is None or stop > self.capacity or new.shape[0] > self.data.shape[0]:
-            self._grow(start, stop, new)
-        assert self.data is not None
-        self.data.narrow(self.token_dim, start, n).copy_(new.detach())
+        data = self.data
+        if data is None or stop > data.size(self.token_dim) or new.size(0) > data.size(0):
+            data = self._grow(start, stop, new)
+        # Not `narrow` and `copy_`: every entry of every layer is written here, and a view costs the host as much as a copy.
+        place: tuple[Any, ...] = (..., slice(start, stop), *self._after)
+        data[place] = new.detach() if new.requires_grad else new
 
     def append(self, position: int, new: torch.Tensor, keep_from: int, mark: int) -> bool:
         """:meth:`write`, of a layer with a sliding window; see :meth:`WindowBuffer.append`."""
@@ -167,11 +171,12 @@ class TokenBuffer:
     def _one_row_for_all(self) -> bool:
         return self.broadcast_rows and self.data is not None and self.data.shape[0] == 1
 
-    def _grow(self, valid: int, needed: int, like: torch.Tensor) -> None:
+    def _grow(self, valid: int, needed: int, like: torch.Tensor) -> torch.Tensor:
         data = self._empty(like, self._capacity_for(needed, like.device))
         if self.data is not None and valid:
             data.narrow(self.token_dim, 0, valid).copy_(self.data.narrow(self.token_dim, 0, valid))
         self._replace(data)
+        return data
 
     def _capacity_for(self, needed: int, device: torch.device) -> int:
         if self.max_tokens is not None:

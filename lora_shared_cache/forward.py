@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from .adapters import Agent
+from .adapters import Agent, rows_of
 from .attachment import Attachment, AttentionLayer
 from .errors import UnsupportedModelError
 from .invocation import Starts
@@ -103,8 +104,28 @@ class ForwardPass:
     staged: bool = False
     stored: int = 0
     block: int = 0
-    window_ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    window_ropes: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     first_ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> tuple[str, ...] | None:
+        """The adapter of each row, or None: all rows have the same."""
+        return rows_of(self.agent)
+
+    @cached_property
+    def pending(self) -> list[tuple[Entry, int]]:
+        """The entries of which numbers are computed in this pass, and from which token on; sliding layers may have more."""
+        return [(entry, start) for entry, start in self.writers if start < self.stop]
+
+    @cached_property
+    def plans(self) -> dict[Any, Any]:
+        """:meth:`plans_for` the pending entries."""
+        return self.plans_for(self.pending)
+
+    def plans_for(self, pending: list[tuple[Entry, int]]) -> dict[Any, Any]:
+        """What layers have worked out for passes of this agent that write these entries; forgotten when weights change."""
+        key = ("plans", self.agent, tuple(self.readers), tuple([entry for entry, _ in pending]))
+        return cast(dict[Any, Any], self.attachment.cached_weights(key, dict))
 
     @property
     def alora_offsets(self) -> list[int | None]:
@@ -158,8 +179,10 @@ class ForwardPass:
         A rotation that changes with the length of the text (dynamic, longrope) gives tokens that are run again another one than
         cached keys have.
         """
+        if not self.attachment.rotation_changes:
+            return kwargs
         embeddings = kwargs.get("position_embeddings")
-        if not self.attachment.rotation_changes or not isinstance(embeddings, tuple | list) or len(embeddings) != 2:
+        if not isinstance(embeddings, tuple | list) or len(embeddings) != 2:
             return kwargs
         key = f"{layer.rope_key}, as the model gives it"
         if key not in self.first_ropes:
@@ -185,11 +208,11 @@ class ForwardPass:
 
     def store_rope(self, layer: AttentionLayer, kwargs: dict[str, Any]) -> None:
         """Keep cos/sin of new tokens, once for all layers of one type."""
-        embeddings = angles_of(kwargs)
         layout = layer.layout
-        if layout is None or layout.rotary_dim == 0 or embeddings is None:
+        if layer.rope_key in self.rope_lengths or layout is None or layout.rotary_dim == 0:
             return
-        if layer.rope_key in self.rope_lengths:
+        embeddings = angles_of(kwargs)
+        if embeddings is None:
             return
         if self.slot is not None:
             # Whether there is something to store was decided before; the host's numbers are not for a captured step.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, cast
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn import functional as F
@@ -12,7 +13,6 @@ from torch.nn import functional as F
 from flash_lora_attention import flash_lora_attention, flash_lora_attention_reference
 
 from . import adapters as peft_adapters
-from .adapters import rows_of
 from .append import append_token
 from .attachment import AttentionLayer, lora_forward
 from .attention import attention_backend
@@ -23,6 +23,7 @@ from .invocation import active
 from .key_norm import KeyNorm
 from .layout import NO_ROTATION
 from .policies import SHARED_ENTRY, Entry, EntryKey, private_key
+from .products import base_linear
 from .rows import (
     RowColumns,
     adapter_index,
@@ -41,6 +42,7 @@ class LayerPass:
     Attributes:
         private: on a private layer, the key of the agent's own K and V; nothing is split there.
         angles: cos and sin of the pass's tokens, as the model gives them, (B or 1, n, width) each.
+        device: of the layer's hidden states, once a projection has seen them.
         stored, attended: whether the layer has given K and V to the cache, and has called its attention.
     """
 
@@ -54,6 +56,7 @@ class LayerPass:
         self.stored = self.attended = False
         self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
         self.slides = self.storage.window is not None
+        self.device: torch.device | None = None
         # A sliding layer that keeps all tokens has no slot of its own.
         self.slot = forward_pass.slot
         if self.slot is not None and self.storage.trims:
@@ -64,6 +67,8 @@ class LayerPass:
         # With a slot: what is to be written for the new token, and its low-rank entries until then.
         self._tokens: list[tuple[TokenBuffer, torch.Tensor]] = []
         self._fresh: dict[EntryKey, torch.Tensor] = {}
+        # What the product of one projection has computed for the other: of which input, from which token on, `A x`.
+        self._ahead: tuple[torch.Tensor, int, tuple[torch.Tensor, ...]] | None = None
 
     # ---- sliding layers --------------------------------------------------------------------------------------------
     # Of ``length`` stored tokens the last ``window`` are what a sliding layer shares: a pass that runs tokens again reads those
@@ -133,23 +138,36 @@ class LayerPass:
             parts.append(new.narrow(dim, max(length, own) - first, now.stop - max(length, own)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
+    @cached_property
     def _pending(self) -> list[tuple[Entry, int]]:
         """The entries of which numbers are computed in this pass, and from which token on."""
         now = self.forward_pass
-        found = {entry: start for entry, start in now.writers if start < now.stop}
-        if self.slides:
-            found.update(
-                (entry, now.start)
-                for entry, _ in now.readers
-                if self._own_until(now.lengths.get(entry.key, 0)) > now.start
-            )
+        if not self.slides:
+            return now.pending
+        found = dict(now.pending)
+        found.update(
+            (entry, now.start) for entry, _ in now.readers if self._own_until(now.lengths.get(entry.key, 0)) > now.start
+        )
         return list(found.items())
+
+    @cached_property
+    def _plans(self) -> dict[Any, Any]:
+        now = self.forward_pass
+        return now.plans_for(self._pending) if self.slides else now.plans
+
+    def _plan(self, what: str, compute: Callable[[], Any]) -> Any:
+        """What the layer does in all passes of this agent that write the same entries: worked out once, for a device."""
+        key = (what, self.layer.layer_idx, self.device)
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = compute()
+        return found
 
     def _take(self, entry: Entry, which: str, first: int, new: torch.Tensor) -> None:
         """Store numbers of an entry for tokens ``first ... stop``; on a sliding layer they are also kept for this pass."""
         now = self.forward_pass
         if not self.slides:
-            self.storage.write_entry(entry.key, which, first, new)
+            self.storage.entry(entry.key, which).write(first, new)
             return
         buffer, length = self.storage.entry(entry.key, which), now.lengths.get(entry.key, 0)
         self._computed[entry.key, which] = first, new
@@ -197,69 +215,73 @@ class LayerPass:
         if module.disable_adapters and module.merged:
             # PEFT's own forward does this too: a disabled adapter must not stay in the base weights.
             module.unmerge()
-        base = module.base_layer(x, *args, **{k: v for k, v in kwargs.items() if k not in peft_adapters.PEFT_ARGUMENTS})
+        if kwargs:
+            kwargs = {k: v for k, v in kwargs.items() if k not in peft_adapters.PEFT_ARGUMENTS}
+        base = base_linear(module.base_layer, x, *args, **kwargs)
+        self.device = x.device
         out = self._write_entries(which, module, x, base)
         norm = None if self.layer.layout is None else self.layer.layout.key_norm
-        if which == self.layer.sources["k_proj"] and norm is not None:
+        if norm is not None and which == self.layer.sources["k_proj"]:
             columns = self.layer.columns("k_proj")
             self._write_gains(module, base if columns is None else base[..., columns], norm)
         return out
 
     def _write_entries(self, which: str, module: Any, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Store the entries of all writers; returns ``base``, to whose queries the adapters are added if there are any."""
-        now = self.forward_pass
-        pending = [(entry, start) for entry, start in self._pending() if not entry.gains]
-        fused = None if self.layer.layout is None else self.layer.layout.fused
-        active: tuple[str, ...] = ()
-        if fused is not None:
-            active = tuple(peft_adapters.names_on(module, peft_adapters.names_in(now.agent)))
-        if active:
-            # Queries need `A x` of every token, whether or not it is stored too.
-            pending.append((Entry(("queries", *active), active), now.start))
-        if not pending:
-            return base
-        entries = [entry for entry, _ in pending]
-        key = ("down", x.device, self.layer.layer_idx, *entries)
-        plan = now.attachment.cached_weights(key, lambda: _down_plans(self.layer, entries))[which]
+        now, pending = self.forward_pass, self._pending
+        plan: DownPlan | None = self._plan("down", self._down_plans)[which]
         if plan is None:
             return base
-        weight, parts = plan
-        first = min(start for _, start in pending)
-        # One product for all adapters; each then keeps the tokens that are new to it.
-        if now.products is None:
-            a = F.linear(x[:, first - now.start :].to(weight.dtype), weight)
-        else:
-            # Entries that whoever runs writes for others too are the same products in everybody's steps.
-            common = (len(entries) > 1 or entries[0].shared) and all(entry.rows is None for entry in entries)
-            a = now.products.down(module, weight, x, common and not active)
-        if active:
-            base = self._add_to_queries(module, active, a[..., a.shape[-1] - parts[-1][0] :], base)
-            pending, parts = pending[:-1], parts[:-1]
+        # Queries need `A x` of every token, whether or not it is stored too.
+        first = now.start if plan.queries else min([pending[part.place][1] for part in plan.parts])
         dtype = now.cache.low_rank_dtype or base.dtype
-        column = 0
-        for (entry, start), (rank, ones, of_rows) in zip(pending, parts, strict=True):
-            if rank == 0:
-                continue
-            part = a[:, start - first :, column : column + rank]
-            column += rank
+        # One product for all adapters; each then keeps the tokens that are new to it.
+        if now.products is not None:
+            columns = now.products.down(module, plan.weight, x, plan.common).split_with_sizes(plan.ranks, -1)
+        elif self._ahead is not None and self._ahead[0] is x and self._ahead[1] == first:
+            columns, self._ahead = self._ahead[2], None
+        else:
+            weight = plan.weight if plan.joint is None else plan.joint
+            new_to_some = x if first == now.start else x[:, first - now.start :]
+            a = F.linear(new_to_some if x.dtype == weight.dtype else new_to_some.to(weight.dtype), weight)
+            if a.dtype != dtype and not plan.queries:
+                a = a.to(dtype)
+            columns = a.split_with_sizes(plan.ranks if plan.joint is None else plan.joint_ranks, -1)
+            self._ahead = None if plan.joint is None else (x, first, columns[len(plan.ranks) :])
+        if plan.queries:
+            base = self._add_to_queries(module, plan.queries, columns[-1], base)
+        for (place, ones, of_rows), new in zip(plan.parts, columns, strict=False):
+            entry, start = pending[place]
+            if start > first:
+                new = new[:, start - first :]
             if of_rows is not None:
-                part = of_rows(part)
+                new = of_rows(new)
             elif ones:
-                part = torch.cat((part, part.new_ones(*part.shape[:-1], 1)), dim=-1)
+                new = torch.cat((new, new.new_ones(*new.shape[:-1], 1)), dim=-1)
             if entry.activated:
-                part = self._from_invocation(entry, which, start, part.to(dtype))
+                new = self._from_invocation(entry, which, start, new.to(dtype))
             if now.slot is None:
-                self._take(entry, which, start, part.to(dtype))
+                self._take(entry, which, start, new if new.dtype == dtype else new.to(dtype))
             else:
-                self._put(entry.key, which, part)
+                self._put(entry.key, which, new)
                 if which == self.layer.sources["k_proj"]:
-                    self._fresh[entry.key] = part
+                    self._fresh[entry.key] = new
         return base
+
+    def _down_plans(self) -> dict[str, DownPlan | None]:
+        """What is computed of each projection's input. Other agents' passes have the same plans for the same entries."""
+        now, layer = self.forward_pass, self.layer
+        entries = [entry for entry, _ in self._pending]
+        fused = layer.layout is not None and layer.layout.fused is not None
+        agent = peft_adapters.names_in(now.agent) if fused else ()
+        key = ("down", self.device, layer.layer_idx, agent, *entries)
+        found = now.attachment.cached_weights(key, lambda: _down_plans(layer, entries, agent))
+        return cast("dict[str, DownPlan | None]", found)
 
     def _add_to_queries(self, module: Any, names: tuple[str, ...], a: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """``base`` (B, n, out) plus the part of active adapters, from ``a`` (B, n, sum of ranks), in its columns of queries."""
         now = self.forward_pass
-        rows = rows_of(now.agent)
+        rows = now.rows
         fused = self.layer.layout.fused if self.layer.layout is not None else None
         assert fused is not None
         columns = fused.query
@@ -344,7 +366,7 @@ class LayerPass:
             if known < now.stop:
                 storage.base_rms.write(known, own[:, :, known - now.start :])
             shared = storage.base_rms.view(now.stop, now.start)
-        for entry, start in self._pending():
+        for entry, start in self._pending:
             names = tuple(peft_adapters.names_on(module, entry.names))
             if not names or entry.shared:
                 continue
@@ -404,8 +426,9 @@ class LayerPass:
         if self.slides:
             return self._update_sliding(key_states, value_states)
         if now.stop > now.previous:
-            new = now.previous - now.start
-            self.storage.write_base(now.previous, key_states[:, :, new:], value_states[:, :, new:])
+            if new := now.previous - now.start:
+                key_states, value_states = key_states[:, :, new:], value_states[:, :, new:]
+            self.storage.write_base(now.previous, key_states, value_states)
         return self.storage.base_keys.view(now.stop), self.storage.base_values.view(now.stop)
 
     def _update_sliding(
@@ -471,7 +494,7 @@ class LayerPass:
         key_low_rank, key_up, gain, delta_gain = self._low_rank_of_keys(key.shape[1])
         value_low_rank, value_up = self._low_rank("v_proj")
         index = None
-        if rows_of(self.forward_pass.agent) is not None and not (key_up is None and value_up is None):
+        if self.forward_pass.rows is not None and not (key_up is None and value_up is None):
             index = self._index_of_rows(query.device)
         layout, slot = self.layer.layout if self.private is None else NO_ROTATION, self.slot
         assert layout is not None
@@ -533,23 +556,26 @@ class LayerPass:
         """
         if self.private is not None:
             return None, None
-        now = self.forward_pass
-        module = self.layer.projection(which)
-        if rows_of(now.agent) is not None:
-            return self._low_rank_of_rows(which, module)
-        entries: list[torch.Tensor] = []
-        ups: list[torch.Tensor] = []
-        for entry, names in now.readers:
-            names_here = tuple(peft_adapters.names_on(module, names))
-            if not names_here or entry.gains:
-                continue
-            entries.append(self._entries(entry.key, self.layer.sources[which]))
-            ups.append(self._up(which, module, entry, names_here, normed=which == "k_proj"))
-        if not entries:
+        if self.forward_pass.rows is not None:
+            return self._low_rank_of_rows(which, self.layer.projection(which))
+        keys, ups = self._plan(which, partial(self._up_plan, which))
+        if not ups:
             return None, None
-        if len(entries) == 1:
-            return entries[0], ups[0]
-        return torch.cat(entries, dim=-1), torch.cat(ups, dim=-2)
+        source = self.layer.sources[which]
+        if len(ups) == 1:
+            return self._entries(keys[0], source), ups[0]
+        return torch.cat([self._entries(key, source) for key in keys], dim=-1), torch.cat(ups, dim=-2)
+
+    def _up_plan(self, which: str) -> tuple[list[EntryKey], list[torch.Tensor]]:
+        """The keys of the entries that the agent reads here, and the up-projections (Hk, r, D) of each."""
+        module = self.layer.projection(which)
+        keys, ups = [], []
+        for entry, names in self.forward_pass.readers:
+            names_here = tuple(peft_adapters.names_on(module, names))
+            if names_here and not entry.gains:
+                keys.append(entry.key)
+                ups.append(self._up(which, module, entry, names_here, normed=which == "k_proj"))
+        return keys, ups
 
     def _low_rank_of_rows(self, which: str, module: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """As :meth:`_low_rank`; each row's entries are those of its adapter."""
@@ -566,7 +592,7 @@ class LayerPass:
     def _sources_of_rows(self, module: Any, wanted: Callable[[Entry], bool]) -> list[tuple[Entry, torch.Tensor]]:
         """The entries that rows read on this layer, with the rows (b,) int64 that read each."""
         now = self.forward_pass
-        rows, found = rows_of(now.agent) or (), []
+        rows, found = now.rows or (), []
         for entry, names in now.readers:
             here = tuple(peft_adapters.names_on(module, names))
             if here and wanted(entry):
@@ -594,7 +620,7 @@ class LayerPass:
     def _index_of_rows(self, device: torch.device) -> torch.Tensor:
         """(B,) int64: each row's place among the adapters of all rows, -1 for the base model."""
         now = self.forward_pass
-        rows, names = rows_of(now.agent) or (), peft_adapters.names_in(now.agent)
+        rows, names = now.rows or (), peft_adapters.names_in(now.agent)
         key = ("index", device, now.agent)
         return cast(torch.Tensor, now.attachment.cached_weights(key, partial(adapter_index, rows, names, device)))
 
@@ -620,7 +646,7 @@ class LayerPass:
         entry for several. Rows without an adapter, which read the base key as it is, have ``none``."""
         now = self.forward_pass
         module = self.layer.projection("k_proj")
-        if rows_of(now.agent) is not None:
+        if now.rows is not None:
             sources = self._sources_of_rows(module, lambda entry: not entry.shared)
             parts = [(self._entries(entry.key, which), rows) for entry, rows in sources]
             return join_rows(parts, parts[0][0].shape[-1], fill=none)
@@ -642,19 +668,23 @@ class LayerPass:
 
     def _rope(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos/sin of the tokens that the layer reads."""
-        now, key = self.forward_pass, self.layer.rope_key
-        cos, sin = now.cache._rope_buffers(key)
-        if self.slot is None:
-            return cos.view(now.stop, self.start), sin.view(now.stop, self.start)
-        if self.slot.first is None:
-            return cos.view(self.seen), sin.view(self.seen)
-        if key not in now.window_ropes:
-            # They are few numbers, once for all layers, so those of all tokens are kept; a window of them begins anywhere.
-            assert cos.data is not None and sin.data is not None
-            places = torch.arange(self.seen, device=cos.device) + self.slot.first
-            places = places.clamp_(max=cos.capacity - 1)
-            now.window_ropes[key] = cos.data.index_select(-2, places), sin.data.index_select(-2, places)
-        return now.window_ropes[key]
+        now, slot = self.forward_pass, self.slot
+        key = (self.layer.rope_key, self.start, None if slot is None else id(slot))
+        found = now.window_ropes.get(key)
+        if found is None:
+            cos, sin = now.cache._rope_buffers(self.layer.rope_key)
+            if slot is None:
+                found = cos.view(now.stop, self.start), sin.view(now.stop, self.start)
+            elif slot.first is None:
+                found = cos.view(self.seen), sin.view(self.seen)
+            else:
+                # They are few numbers, once for all layers, so those of all tokens are kept; a window of them begins anywhere.
+                assert cos.data is not None and sin.data is not None
+                places = torch.arange(self.seen, device=cos.device) + slot.first
+                places = places.clamp_(max=cos.capacity - 1)
+                found = cos.data.index_select(-2, places), sin.data.index_select(-2, places)
+            now.window_ropes[key] = found
+        return found
 
     def _mask_of_window(self, mask: torch.Tensor, keys: int) -> torch.Tensor:
         """A mask of the caller's own covers all tokens; a sliding layer has only its last ones."""
@@ -711,47 +741,80 @@ class LayerPass:
         return out
 
 
-_Plan = tuple[torch.Tensor, list[tuple[int, bool, RowColumns | None]]]
+class DownPart(NamedTuple):
+    """The columns of ``A x`` that become one entry: its place among those pending, whether a column of ones follows, and which
+    columns are those of each row."""
+
+    place: int
+    ones: bool
+    of_rows: RowColumns | None
 
 
-def _down_plans(layer: AttentionLayer, entries: list[Entry]) -> dict[str, _Plan | None]:
-    """For each projection :func:`_down_plan`; A's that had to be stacked, of keys and of values, in one piece of memory."""
-    plans = {which: _down_plan(layer.projection(which), entries) for which in layer.modules}
-    made = {which: plan for which, plan in plans.items() if plan is not None and plan[2]}
-    weights = [weight for weight, *_ in made.values()]
-    if len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1:
-        pieces = torch.cat(weights).split([len(w) for w in weights])
-        made = {which: (piece, *rest) for (which, (_, *rest)), piece in zip(made.items(), pieces, strict=True)}
-    return {which: None if plan is None else made.get(which, plan)[:2] for which, plan in plans.items()}
+@dataclass(eq=False)
+class DownPlan:
+    """The down-projections of one layer input.
 
-
-def _down_plan(
-    module: Any, entries: list[Entry]
-) -> tuple[torch.Tensor, list[tuple[int, bool, RowColumns | None]], bool] | None:
-    """The A's of all entries below each other; each entry's columns, whether one of ones follows, and which are each row's.
-
-    The last says whether the A's were copied for that.
+    Attributes:
+        weight: (sum of ranks, in_features), the A's of all entries below each other, and those of queries.
+        ranks: rows of each.
+        parts: what becomes of each; queries have none.
+        queries: adapters of a fused projection whose part is added to the queries.
+        joint, joint_ranks: on the first of two projections, which may well be given the same input: both weights, both's ranks.
+        common: whoever runs writes these entries for others too: the same products in everybody's steps.
     """
+
+    weight: torch.Tensor
+    ranks: list[int]
+    parts: list[DownPart]
+    queries: tuple[str, ...]
+    common: bool
+    joint: torch.Tensor | None = None
+    joint_ranks: list[int] = field(default_factory=list)
+
+
+def _down_plans(layer: AttentionLayer, entries: list[Entry], agent: tuple[str, ...]) -> dict[str, DownPlan | None]:
+    """For each projection :func:`_down_plan`; A's that had to be stacked, of keys and of values, in one piece of memory."""
+    plans = {which: _down_plan(layer.projection(which), entries, agent) for which in layer.modules}
+    stacked = [plan for plan in plans.values() if plan is not None and len(plan.ranks) > 1]
+    if len({(plan.weight.dtype, plan.weight.device, plan.weight.shape[1]) for plan in stacked}) == 1:
+        joint = torch.cat([plan.weight for plan in stacked])
+        for plan, piece in zip(stacked, joint.split([len(plan.weight) for plan in stacked]), strict=True):
+            plan.weight = piece
+        if len(stacked) > 1:
+            stacked[0].joint, stacked[0].joint_ranks = joint, [rank for plan in stacked for rank in plan.ranks]
+    return plans
+
+
+def _down_plan(module: Any, entries: list[Entry], agent: tuple[str, ...]) -> DownPlan | None:
+    """The plan of one projection for the entries that are pending; None: nothing is computed of its input.
+
+    Args:
+        agent: of a fused projection: the active adapters, whose part is added to the queries.
+    """
+    queries = tuple(peft_adapters.names_on(module, agent))
     weights: list[torch.Tensor] = []
-    parts: list[tuple[int, bool, RowColumns | None]] = []
-    for entry in entries:
+    parts: list[DownPart] = []
+    stored = [entry for entry in entries if not entry.gains]
+    for place, entry in enumerate(entries):
         names = peft_adapters.names_on(module, entry.names)
-        if not names:
-            parts.append((0, False, None))
-        elif entry.rows is not None:
+        if entry.gains or not names:
+            continue
+        if entry.rows is not None:
             weight, columns = row_columns(module, entry.rows, names)
-            weights.append(weight)
-            parts.append((weight.shape[0], False, columns))
+            parts.append(DownPart(place, False, columns))
         else:
             # Adapters that share A are represented by the first that adapts this layer.
             down = peft_adapters.down_projection(module, names[:1] if entry.shared else names)
-            weights.append(down.weight)
-            parts.append((down.weight.shape[0], down.ones, None))
+            weight = down.weight
+            parts.append(DownPart(place, down.ones, None))
+        weights.append(weight)
+    if queries:
+        weights.append(peft_adapters.down_projection(module, queries).weight)
     if not weights:
         return None
-    if len(weights) == 1:
-        return weights[0], parts, False
-    return torch.cat([w.to(weights[0].dtype) for w in weights]), parts, True
+    common = not queries and (len(stored) > 1 or stored[0].shared) and all(entry.rows is None for entry in stored)
+    joint = weights[0] if len(weights) == 1 else torch.cat([w.to(weights[0].dtype) for w in weights])
+    return DownPlan(joint, [len(w) for w in weights], parts, queries, common)
 
 
 def _up_projection(

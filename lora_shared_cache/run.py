@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +21,8 @@ from .storage import SharedCacheBase
 if TYPE_CHECKING:
     from .cache import SharedLoRACache
 
+_AS_IT_IS = nullcontext()
+
 
 def shared_cache_in(args: tuple, kwargs: dict[str, Any]) -> SharedLoRACache | None:
     """The :class:`SharedLoRACache` among a call's arguments, or None."""
@@ -30,7 +33,6 @@ def shared_cache_in(args: tuple, kwargs: dict[str, Any]) -> SharedLoRACache | No
     return cast("SharedLoRACache", cache) if isinstance(cache, SharedCacheBase) else None
 
 
-@torch.compiler.disable
 def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The attention layer's forward with a shared cache."""
     now = forward_scope.get()
@@ -53,7 +55,8 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
             try_layer(layer, kwargs)
             now.store_rope(layer, kwargs)
             layer_pass.angles = angles_of(kwargs)
-        with layer_scope(layer_pass), torch.no_grad():
+        # `run_decoder` has switched gradients off already, for all layers.
+        with layer_scope(layer_pass), torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
             out = call_original(layer.module, **kwargs)
         if not (layer_pass.stored and layer_pass.attended):
             # A private layer was not tried out; of any other the attention implementation was changed meanwhile.
@@ -73,6 +76,10 @@ def run_attention_layer(layer: AttentionLayer, cache: SharedLoRACache, args: tup
         finally:
             _leave_from_inside(now)
     return out
+
+
+# The same for a compiled model, whose graph breaks here.
+run_uncompiled = torch.compiler.disable(run_attention_layer)
 
 
 @torch.compiler.disable

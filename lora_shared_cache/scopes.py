@@ -6,12 +6,10 @@ two threads with two caches on one model can't mix and an exception leaves nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import Any
 
-import torch
+from torch.compiler import is_compiling
 
 
 class Scope:
@@ -23,27 +21,36 @@ class Scope:
 
     def get(self) -> Any:
         """The innermost value set in this thread or task, or None."""
-        return self._traced if torch.compiler.is_compiling() else self._var.get()
+        return self._traced if is_compiling() else self._var.get()
 
     def set(self, value: Any) -> None:
         """Set the value without a way back; only for a forward pass that was entered from inside."""
         self._var.set(value)
 
-    @contextmanager
-    def __call__(self, value: Any) -> Iterator[None]:
+    def __call__(self, value: Any) -> _Within:
         """Set the value for a ``with`` block."""
-        if torch.compiler.is_compiling():
-            previous, self._traced = self._traced, value
-            try:
-                yield
-            finally:
-                self._traced = previous
+        return _Within(self, value)
+
+
+class _Within:
+    """The ``with`` block of a :class:`Scope`. A class: generators take several times as long, and every layer has one."""
+
+    def __init__(self, scope: Scope, value: Any):
+        self._scope, self._value = scope, value
+        self._token: Token | None = None
+
+    def __enter__(self) -> None:
+        scope = self._scope
+        if is_compiling():
+            self._value, scope._traced = scope._traced, self._value
         else:
-            token = self._var.set(value)
-            try:
-                yield
-            finally:
-                self._var.reset(token)
+            self._token = scope._var.set(self._value)
+
+    def __exit__(self, *error: object) -> None:
+        if self._token is None:
+            self._scope._traced = self._value
+        else:
+            self._scope._var.reset(self._token)
 
 
 forward_scope = Scope("lora_shared_cache.forward")

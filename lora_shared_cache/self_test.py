@@ -65,8 +65,8 @@ def try_layer(layer: AttentionLayer, kwargs: dict[str, Any]) -> None:
     Raises:
         UnsupportedModelError: the layer can't be split, or the split gives other keys or values than PEFT.
     """
-    layer.find_layout(kwargs)
     if layer.tested != layer.attachment.version:
+        layer.find_layout(kwargs)
         _self_test(layer, kwargs)
 
 
@@ -284,6 +284,10 @@ class _SplitTrial(LayerPass):
 
     def project(self, which: str, module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return super().project(which, self.stand_ins.of(which, module, x), x)
+
+    def _plan(self, what: str, compute: Callable[[], Any]) -> Any:
+        # Projections that were not asked yet have no stand-in yet.
+        return compute()
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Note queries, and keys and values with the low-rank part; nothing after this matters."""

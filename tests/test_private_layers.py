@@ -206,7 +206,7 @@ def test_adapters_on_some_projections_and_layers_or_without_k_and_v():
 
 
 def test_no_private_layers_is_as_before():
-    model = agents_model()
+    model = attach(agents_model())
     ids = tokens(20)
     caches = SharedLoRACache(sharing="base_shared"), SharedLoRACache(sharing="base_shared", private_layers=[])
     for name, stop in TURNS:
