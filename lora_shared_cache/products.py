@@ -148,9 +148,9 @@ class PlainLora:
 def plain_lora(module: Any, x: torch.Tensor, attachment: Attachment, rows: Sequence[str] | None = None) -> PlainLora:
     """What is known of a LoRA layer for inputs like ``x`` and the adapters that are active now, or the one that all rows have."""
     own = module.__dict__
-    active = own["_active_adapter"] if rows is None else rows[:1]
+    active = module._active_adapter if rows is None else rows[:1]
     key = (
-        "plain", id(module), x.dtype, active if type(active) is str else tuple(active), own["_disable_adapters"],
+        "plain", id(module), x.dtype, active if type(active) is str else tuple(active), module._disable_adapters,
         own["training"], own.get("cast_input_dtype_enabled"), not own.get("merged_adapters"),
     )  # fmt: skip
     plan: PlainLora = attachment.cached_weights(key, lambda: _look(module, x, rows))
