@@ -516,7 +516,9 @@ class LayerPass:
         if backend == "reference":
             attention: Callable[..., Any] = flash_lora_attention_reference
         else:
-            attention = partial(flash_lora_attention, backend=backend)
+            # A length of text rarely comes twice, and cuDNN's plans for it cost a pass more than they gain in it.
+            layers = len(self.forward_pass.attachment.layers)
+            attention = partial(flash_lora_attention, backend=backend, cudnn_after=layers)
         out = attention(
             query,
             key,

@@ -297,7 +297,7 @@ def _cudnn_folded(query, key, value, num_splits: int, scale: float) -> tuple[tor
 
 
 def sdpa_attention(
-    x: Inputs, expand_config: ExpandConfig, config: DispatchConfig, num_splits: int | None = None
+    x: Inputs, expand_config: ExpandConfig, config: DispatchConfig, num_splits: int | None = None, cudnn_after: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Expand, then attend with the best SDPA backend; only where :func:`sdpa_can_express` holds.
 
@@ -305,6 +305,7 @@ def sdpa_attention(
         x: the checked and normalised arguments.
         expand_config, config: from ``tuning``.
         num_splits: pieces of the keys before the block; absent: as many as fill the device.
+        cudnn_after: as in ``flash_lora_attention``.
 
     Returns:
         out (B, Hq, S, D) in the dtype of the query, lse (B, Hq, S) float32.
@@ -321,15 +322,35 @@ def sdpa_attention(
         past = length - x.S if x.is_causal else length
         while x.B == 1 and 2 * num_splits * tiles <= num_sms(x.query.device) and num_splits * 2048 <= past:
             num_splits *= 2
-    out, lse = perform(_sdpa, x.query, key, value, x.sinks, cudnn, num_splits, x.is_causal, x.scale)
+    calls = cudnn_after if cudnn else None
+    out, lse = perform(_sdpa, x.query, key, value, x.sinks, calls, num_splits, x.is_causal, x.scale)
     return out, lse
 
 
-def _sdpa(query, key, value, sinks, cudnn, num_splits, is_causal, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`sdpa_attention` over ready-made K and V (B, Hk, length, D)."""
+# Calls by the shape that cuDNN would build its plans for.
+_calls: dict[tuple, int] = {}
+# Floating-point operations of a call from which on FlashAttention-2 loses more in one pass of some 32 layers than plans take:
+# on an H100 it does 320 TFLOP/s where cuDNN does 600, and the plans of a shape take 60 ms and more.
+_LONG_CALL = 1.4e12
+
+
+def _cudnn_pays(query, key, is_causal: bool, calls: int) -> bool:
+    """Whether cuDNN is to serve a call: a shape that has come ``calls`` times, or one that is long."""
+    B, heads, S, D = query.shape
+    T = key.shape[2]
+    if 4 * B * heads * D * S * (T - S / 2 if is_causal else T) >= _LONG_CALL:
+        return True
+    shape = (query.dtype, B, heads, key.shape[1], D, _bucket(S), _bucket(T), S == T, is_causal)
+    come = _calls[shape] = _calls.get(shape, 0) + 1
+    return come > calls
+
+
+def _sdpa(query, key, value, sinks, cudnn_calls, num_splits, is_causal, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sdpa_attention` over ready-made K and V (B, Hk, length, D); ``cudnn_calls`` None: cuDNN can't serve it."""
     S, length = query.shape[2], key.shape[2]
     past = length - S if is_causal else length  # keys that every query sees
     half = query.dtype != torch.float32
+    cudnn = cudnn_calls is not None and _cudnn_pays(query, key, is_causal, cudnn_calls)
     parts: list[tuple[torch.Tensor, torch.Tensor]]
     if is_causal and past == 0:
         square = _cudnn_square(query, key, value, scale) if cudnn else None

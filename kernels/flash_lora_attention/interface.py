@@ -47,6 +47,7 @@ def flash_lora_attention(
     key_length: torch.Tensor | int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    cudnn_after: int = 0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over a split KV cache: base keys and values plus low-rank parts, expanded inside the attention.
 
@@ -55,6 +56,8 @@ def flash_lora_attention(
 
     Args:
         backend: None chooses; "reference" or "triton" forces one. "triton" on CPU tensors needs ``TRITON_INTERPRET=1``.
+        cudnn_after: calls with a long block of queries of one shape that FlashAttention-2 serves before cuDNN builds its plans
+            for it, which take 40 to 150 ms once; a call long enough for that to pay is cuDNN's at once.
 
     Returns:
         (B, Hq, S, D) in the dtype of ``query``, contiguous or a view with heads and tokens exchanged in memory; with
@@ -87,6 +90,7 @@ def flash_lora_attention(
                 softcap,
                 number,
                 backend,
+                cudnn_after,
             ),
         )
         plan = remembered(kind)
@@ -114,9 +118,9 @@ def flash_lora_attention(
         tensor = key_length if isinstance(key_length, torch.Tensor) else None
         out, lse = forward(*arguments, tensor, None if tensor is not None else key_length, backend)
     elif kind is not None:
-        out, lse = record(kind, tensors, lambda: run(*arguments, key_length, backend))
+        out, lse = record(kind, tensors, lambda: run(*arguments, key_length, backend, cudnn_after))
     else:
-        out, lse = run(*arguments, key_length, backend)
+        out, lse = run(*arguments, key_length, backend, cudnn_after)
     return (out, lse) if return_lse else out
 
 
@@ -138,7 +142,7 @@ def _unserved(query: torch.Tensor, key: torch.Tensor) -> str | None:
 def run(
     query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
     cos, sin, rotary_dim, rotary_interleaved, key_gain, key_delta_gain, key_delta_weight, scale, is_causal, sliding_window,
-    softcap, sinks, attention_mask, key_length, backend,
+    softcap, sinks, attention_mask, key_length, backend, cudnn_after=0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Dispatch of a checked call, without ``torch.compile``; returns (out, lse)."""
     tensors = (query, key, value, key_low_rank, key_up, value_low_rank, value_up, sinks)
@@ -172,10 +176,10 @@ def run(
         out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
         return out, lse if sinks is None else sinks.float()[None, :, None].expand_as(lse).contiguous()
     with on_device_of(query):
-        return dispatch(x)
+        return dispatch(x, cudnn_after)
 
 
-def dispatch(x) -> tuple[torch.Tensor, torch.Tensor]:
+def dispatch(x, cudnn_after: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the path for prepared arguments (``inputs.Inputs``) by the measured crossovers."""
     from .decode import split_kv_attention, variant
     from .expand import expanded, sdpa_attention, sdpa_can_express
@@ -191,7 +195,7 @@ def dispatch(x) -> tuple[torch.Tensor, torch.Tensor]:
             x = expanded(x, length, expand_config(*case))
         return split_kv_attention(x, decode_config(*case, variant(x)), scores=scores_config(*case))
     if x.query.is_cuda and x.S >= config.sdpa_queries and sdpa_can_express(x):
-        return sdpa_attention(x, expand_config(*case), config)
+        return sdpa_attention(x, expand_config(*case), config, cudnn_after=cudnn_after)
     has_key_lora = x.key_low_rank is not None
     if max(x.rk, x.rv) > config.max_fused_rank:
         x = expanded(x, length, expand_config(*case))

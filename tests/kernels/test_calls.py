@@ -85,6 +85,34 @@ def test_blocks_that_pytorch_serves(options, only_plans):
     check(*attend(qkv, a), qkv, a)
 
 
+def test_who_serves_long_blocks(monkeypatch):
+    """FlashAttention-2 until a shape has come often enough for cuDNN's plans, cuDNN at once where a call is long."""
+    from flash_lora_attention import expand
+
+    served = []
+
+    def kernel(name):
+        def run(query, key, value, *args):
+            served.append(name)
+            return query.clone(), query.new_zeros(query.shape[:3])
+
+        return run
+
+    for name in ("_flash", "_cudnn_square", "_efficient"):
+        monkeypatch.setattr(expand, name, kernel(name))
+    monkeypatch.setattr(expand, "_calls", {})
+    q, k, longer = (torch.zeros(1, 2, n, 16, dtype=torch.float16) for n in (300, 300, 400))
+    for _ in range(4):
+        expand._sdpa(q, k, k, None, 2, 1, True, 0.25)
+    expand._sdpa(q, longer, longer, None, 2, 1, True, 0.25)
+    expand._sdpa(q.float(), k.float(), k.float(), None, None, 1, True, 0.25)
+    assert served == ["_flash", "_flash", "_cudnn_square", "_cudnn_square", "_flash", "_efficient"]
+    monkeypatch.setattr(expand, "_LONG_CALL", 4 * 2 * 300 * 150 * 16)
+    monkeypatch.setattr(expand, "_calls", {})
+    expand._sdpa(q, k, k, None, 2, 1, True, 0.25)
+    assert served[-1] == "_cudnn_square"
+
+
 def test_kinds():
     """Whatever decides how a call is served makes it a kind of its own."""
     (q, k, v), a = make(D=32, r=16, device=DEVICE, mask="bool")

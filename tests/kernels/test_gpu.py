@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flash_lora_attention import flash_lora_attention, flash_lora_attention_reference, merge_states
+from flash_lora_attention import expand, flash_lora_attention, flash_lora_attention_reference, merge_states
 
 from .cases import GRID, check, make
 from .dense import attention_dense
@@ -45,8 +45,12 @@ def test_head_sizes_and_ranks(D, r, queries, dtype):
     ],
     ids=str,
 )  # fmt: skip
-def test_expand_and_sdpa(options, dtype):
-    run_and_check(**{"D": 128, "G": 4, "r": 16, "dtype": dtype, **options})
+@pytest.mark.parametrize("cudnn_after", [0, 1])
+def test_expand_and_sdpa(options, dtype, cudnn_after, monkeypatch):
+    monkeypatch.setattr(expand, "_calls", {})
+    if cudnn_after and dtype == torch.float32:
+        pytest.skip("cuDNN does not serve float32")
+    run_and_check(cudnn_after=cudnn_after, **{"D": 128, "G": 4, "r": 16, "dtype": dtype, **options})
 
 
 @pytest.mark.parametrize("n", [1, 8])
