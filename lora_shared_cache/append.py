@@ -12,7 +12,7 @@ from .buffers import NotReserved, TokenBuffer
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def append_token(index: torch.Tensor, jobs: Sequence[tuple[TokenBuffer, torch.Tensor]]) -> None:
+def append_tokens(index: torch.Tensor, jobs: Sequence[tuple[TokenBuffer, torch.Tensor]]) -> None:
     """Write each job's tokens (B, H, n, D) or (B, n, r) into its buffer.
 
     Args:
@@ -27,9 +27,9 @@ def append_token(index: torch.Tensor, jobs: Sequence[tuple[TokenBuffer, torch.Te
             raise NotReserved
     on_device = all(b.data is not None and b.data.is_cuda and b.data.shape[0] == new.shape[0] for b, new in jobs)
     if _HAS_TRITON and jobs and on_device:
-        from .append_kernel import append_token_kernel
+        from .append_kernel import append_tokens_kernel
 
-        append_token_kernel(index, [(b.data, new) for b, new in jobs if b.data is not None])
+        append_tokens_kernel(index, [(b.data, new) for b, new in jobs if b.data is not None])
         return
     for buffer, new in jobs:
         buffer.put(index, new)

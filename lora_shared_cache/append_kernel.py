@@ -1,4 +1,4 @@
-"""The launch behind ``append.append_token``."""
+"""The launch behind ``append.append_tokens``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _append_kernel(  # type: ignore[no-untyped-def]
 MAX_JOBS = 16
 
 
-def append_token_kernel(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def append_tokens_kernel(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Write tokens (B, H, n, D) or (B, n, r) into storage (B, H, T, D) or (B, T, r) at ``index`` and behind it."""
     for first in range(0, len(jobs), MAX_JOBS):
         _launch(index, jobs[first : first + MAX_JOBS])

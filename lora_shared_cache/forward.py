@@ -104,7 +104,7 @@ class ForwardPass:
     staged: bool = False
     stored: int = 0
     block: int = 0
-    window_ropes: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    ropes: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     first_ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @cached_property
@@ -150,7 +150,7 @@ class ForwardPass:
             blind=blind,
             keep_from=self.cache._keep_from(at + 1),
             rope_lengths={},
-            window_ropes={},
+            ropes={},
             first_ropes={},
             stored=0,
             block=0,

@@ -346,7 +346,7 @@ class DecodeGraphs:
     def _static_pass(self, now: ForwardPass, arguments: dict[str, Any], step: _Step) -> Any:
         now.slot, now.products = step.slot, step.products
         now.rope_lengths.clear()
-        now.window_ropes.clear()
+        now.ropes.clear()
         now.first_ropes.clear()
         now.stored = 0
         step.products.restart()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from flash_lora_attention import flash_lora_attention, flash_lora_attention_reference
 
 from . import adapters as peft_adapters
-from .append import append_token
+from .append import append_tokens
 from .attachment import AttentionLayer, lora_forward
 from .attention import attention_backend
 from .buffers import NotReserved, TokenBuffer, WindowBuffer
@@ -420,7 +420,7 @@ class LayerPass:
         if self.slot is not None:
             # The entries of this token, which the projections left, go with it.
             self._tokens += [(self.storage.base_keys, key_states), (self.storage.base_values, value_states)]
-            append_token(self.slot.index, self._tokens)
+            append_tokens(self.slot.index, self._tokens)
             self._tokens = []
             return self.storage.base_keys.slots(self.seen), self.storage.base_values.slots(self.seen)
         if self.slides:
@@ -477,7 +477,7 @@ class LayerPass:
             raise NotReserved
         own_keys, own_values = buffers
         if self.slot is not None:
-            append_token(self.slot.index, [(own_keys, key_states), (own_values, value_states)])
+            append_tokens(self.slot.index, [(own_keys, key_states), (own_values, value_states)])
             return own_keys.slots(self.seen), own_values.slots(self.seen)
         return own_keys.view(now.stop), own_values.view(now.stop)
 
@@ -672,7 +672,7 @@ class LayerPass:
         """cos/sin of the tokens that the layer reads."""
         now, slot = self.forward_pass, self.slot
         key = (self.layer.rope_key, self.start, None if slot is None else id(slot))
-        found = now.window_ropes.get(key)
+        found = now.ropes.get(key)
         if found is None:
             cos, sin = now.cache._rope_buffers(self.layer.rope_key)
             if slot is None:
@@ -685,7 +685,7 @@ class LayerPass:
                 places = torch.arange(self.seen, device=cos.device) + slot.first
                 places = places.clamp_(max=cos.capacity - 1)
                 found = cos.data.index_select(-2, places), sin.data.index_select(-2, places)
-            now.window_ropes[key] = found
+            now.ropes[key] = found
         return found
 
     def _mask_of_window(self, mask: torch.Tensor, keys: int) -> torch.Tensor:

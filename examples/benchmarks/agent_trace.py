@@ -325,8 +325,9 @@ def quantile(numbers: Sequence[float], q: float) -> float:
 def prepare(setting: Setting, variant: str) -> None:
     """Bring the model into the state that the variant's turns start from: PEFT alone, or attached and tried out."""
     model = setting.model_of(variant)
+    # What another policy has made of the adapters' weights goes with it.
+    detach(model)
     if variant in PEERS:
-        detach(model)
         return
     runner = make_runner(model, variant, "eager", 0)
     for role in setting.trace.roles:

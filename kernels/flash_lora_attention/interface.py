@@ -72,7 +72,8 @@ def flash_lora_attention(
         key_delta_weight, sinks, attention_mask, key_length if isinstance(key_length, torch.Tensor) else None,
     )  # fmt: skip
     kind = None
-    on_kernels = _HAS_TRITON and backend != "reference" and (query.is_cuda or backend == "triton")
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    on_kernels = _HAS_TRITON and backend != "reference" and (query.is_cuda or interpreted)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if on_kernels and not differentiable and not torch.compiler.is_compiling():
         from .calls import kind_of, on_device_of, record, remembered

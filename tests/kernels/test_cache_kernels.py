@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from lora_shared_cache import append_kernel
-from lora_shared_cache.append import append_token
-from lora_shared_cache.append_kernel import append_token_kernel
+from lora_shared_cache.append import append_tokens
+from lora_shared_cache.append_kernel import append_tokens_kernel
 from lora_shared_cache.buffers import NotReserved, TokenBuffer
 from lora_shared_cache.digest import Digest, DigestReader, digest
 
@@ -42,7 +42,7 @@ def test_tokens_into_many_buffers(rows, place, most, n, monkeypatch):
         copy = target.clone()
         copy[..., place : place + n, :] = new.to(copy.dtype)
         expected.append(copy)
-    append_token_kernel(torch.tensor(place, device=device()), jobs)
+    append_tokens_kernel(torch.tensor(place, device=device()), jobs)
     for (target, _), copy in zip(jobs, expected, strict=True):
         assert torch.equal(target, copy)
 
@@ -53,7 +53,7 @@ def test_nothing_is_written_where_one_buffer_has_no_room():
     before = buffers[0].data.clone()
     jobs = [(buffers[0], torch.ones(1, 2, 1, 8)), (buffers[1], torch.ones(1, 1, 3))]
     with pytest.raises(NotReserved):
-        append_token(torch.tensor(1), jobs)
+        append_tokens(torch.tensor(1), jobs)
     torch.testing.assert_close(buffers[0].data, before, rtol=0, atol=0, equal_nan=True)
 
 
