@@ -127,8 +127,8 @@ _current = threading.local()
 
 
 def remembered(kind: tuple) -> Plan | None:
-    """The plan of a kind of call, if it is known."""
-    return _plans.get(kind)
+    """The plan of a kind of call, if it is known; not within a call that is being recorded: that has to show all it does."""
+    return None if getattr(_current, "recording", None) is not None else _plans.get(kind)
 
 
 def record(kind: tuple, tensors: Tensors, call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:

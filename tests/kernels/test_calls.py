@@ -138,6 +138,24 @@ def test_kinds():
             torch.testing.assert_close(attend(qkv, b)[0], expected, rtol=tolerance, atol=tolerance)
 
 
+def test_a_merge_that_was_known_before_the_call(only_plans):
+    from flash_lora_attention.merge_kernel import merge_partials
+
+    options = dict(T=900, B=1, D=32, device=DEVICE)
+    out, lse = attend(*make(**options))
+    shapes = [step.arguments[0] for plan in plans() for step in plan.steps if step.function is calls._empty]
+    splits = max(shape[0] for shape in shapes if len(shape) == 5)
+    assert splits > 1
+    calls._plans.clear()
+    parts = torch.zeros(splits, *out.shape, device=DEVICE), torch.zeros(splits, *lse.shape, device=DEVICE)
+    merge_partials(*parts, out.dtype, None)
+    assert len(calls._plans) == 1
+    attend(*make(**options))
+    only_plans()
+    qkv, a = make(seed=1, **options)
+    check(*attend(qkv, a), qkv, a)
+
+
 def test_tensors_that_begin_at_one_address():
     """Which of them went where is not known: key and value were one tensor, now they are two."""
     (q, k, v), a = make(device=DEVICE)
