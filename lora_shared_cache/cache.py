@@ -687,7 +687,7 @@ class SharedLoRACache(SharedCacheBase):
         peft_adapters.check_not_merged(attachment.lora_layers)
         if attachment.decoder.training:
             peft_adapters.check_no_dropout(attachment.lora_layers, agent)
-        if not whole or self._in_prompt:
+        if self._in_prompt or (not whole and self.trajectory_length):
             same = self._policy is not None and (agent, self._watched(agent)) == self._last_agent
             if same and as_before and attachment.unchanged(self._last_state):
                 return agent
@@ -769,6 +769,7 @@ class SharedLoRACache(SharedCacheBase):
     def _forget_adapter(self, name: str) -> None:
         self._identities.pop(name, None)
         self._first_token.pop(name, None)
+        self._last_agent = None  # who is written for, and with which content, is to be looked at again
 
     def _drop_entries(self, name: str) -> None:
         gone = [key for key in self._coverage if name in key]

@@ -510,3 +510,26 @@ def test_adapters_that_are_unloaded_or_merged(how, targets):
         assert difference(alone, reference(plain, tokens(9))) > 0.01
         assert_equal_logits(logits(model, tokens(9), old, attention_mask=torch.ones(1, 9)), alone)
     assert_equal_logits(feed(model, tokens(9), SharedLoRACache(), [7, 1, 1]), alone)
+
+
+@pytest.mark.parametrize("empties", ["change", "crop"])
+def test_single_tokens_on_an_emptied_cache_are_written_for_known_content(empties):
+    """A prompt of one token is checked like any other: what it writes for other adapters belongs to their present content."""
+    model = with_adapters(tiny_llama(), NAMES)
+    cache = SharedLoRACache(sharing="lr_precomputed")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    first, last = NAMES[0], NAMES[-1]
+    model.set_adapter(last)
+    logits(model, ids, cache)
+    model.set_adapter(first)
+    logits(model, torch.cat((ids, ids[:, :1]), dim=1), cache)
+    if empties == "crop":
+        cache.crop(-5)
+    fill_adapter(model, last, seed=91)
+    assert cache.coverage()[last] == 0
+    if empties == "change":
+        assert cache.trajectory_length == 0  # the changed adapter had processed all of it
+    logits(model, ids[:, :1], cache)
+    assert cache.coverage()[last] == 1
+    fill_adapter(model, last, seed=92)
+    assert cache.coverage()[last] == 0  # what was written belongs to weights that are gone

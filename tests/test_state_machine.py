@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lora_shared_cache import SharedCacheError, SharedLoRACache, TrajectoryError, buffers
+from lora_shared_cache import SharedCacheError, SharedLoRACache, TrajectoryError, buffers, graphs
 
+from .conftest import emulate_graphs
 from .oracle import LlamaOracle
 from .tiny import (
     VOCAB,
@@ -31,6 +32,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*:Run
 
 NAMES = ["plan", "act", "reflect"]
 LONGEST = 24
+EXAMPLES = 12
 agents = st.sampled_from([("plan",), ("act",), ("reflect",), (), ("act", "plan")])
 new_tokens = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=4)
 
@@ -40,15 +42,22 @@ class AgentLoop(RuleBasedStateMachine):
     auto = False
     private = ()
     window = None
+    captured = False
 
     def __init__(self):
         super().__init__()
-        self.margin = buffers.MIN_MARGIN
+        self.patches = pytest.MonkeyPatch()
+        if self.captured:
+            emulate_graphs(self.patches, graphs)
+            # A block whenever one is possible.
+            self.patches.setattr(graphs, "_BLOCK_COMES", 1)
+            self.patches.setattr(graphs, "_SHORT_BLOCK_COMES", 1)
+            self.patches.setattr(graphs, "BLOCKS", (3, 7))
         if self.window is None:
             model = with_adapters(tiny_llama(num_hidden_layers=2), NAMES)
         else:
             # As little as possible is kept, so that it is let go of in a short trajectory.
-            buffers.MIN_MARGIN = 2
+            self.patches.setattr(buffers, "MIN_MARGIN", 2)
             model = with_adapters(tiny_ministral(num_hidden_layers=2, sliding_window=self.window), NAMES)
         share_a(model, NAMES)
         self.model = model
@@ -60,7 +69,7 @@ class AgentLoop(RuleBasedStateMachine):
         self.changes = 0
 
     def teardown(self):
-        buffers.MIN_MARGIN = self.margin
+        self.patches.undo()
 
     @initialize(agent=agents)
     def start(self, agent):
@@ -243,16 +252,18 @@ class AgentLoop(RuleBasedStateMachine):
             assert covered["__base__"] == self.oracle.coverage(())
 
 
-def machine(sharing, auto=False, private=(), window=None):
+def machine(sharing, auto=False, private=(), window=None, captured=False):
     class Machine(AgentLoop):
         pass
 
     Machine.sharing, Machine.auto, Machine.private, Machine.window = sharing, auto, private, window
+    Machine.captured = captured
     kind = f"{'auto' if auto else sharing}{'_private' if private else ''}{'_window' if window else ''}"
+    kind += "_captured" if captured else ""
     Machine.__name__ = Machine.__qualname__ = f"AgentLoop_{kind}"
     case = Machine.TestCase
     case.settings = settings(
-        max_examples=12, stateful_step_count=18, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=EXAMPLES, stateful_step_count=18, deadline=None, suppress_health_check=list(HealthCheck)
     )
     case.pytestmark = pytestmark
     return case
@@ -266,4 +277,9 @@ TestPrivateLayer = machine("base_shared", auto=True, private=(1,))
 TestBaseSharedWindow = machine("base_shared", window=3)
 TestLrPrecomputedWindow = machine("lr_precomputed", window=4)
 TestBaseLrSharedWindow = machine("base_lr_shared", window=2)
+TestBaseSharedCaptured = machine("base_shared", captured=True)
+TestLrPrecomputedCaptured = machine("lr_precomputed", captured=True)
+TestBaseLrSharedCaptured = machine("base_lr_shared", captured=True)
+TestPrivateLayerCaptured = machine("base_shared", private=(1,), captured=True)
+TestLrPrecomputedWindowCaptured = machine("lr_precomputed", window=4, captured=True)
 TestPrivateLayerWindow = machine("base_shared", auto=True, private=(0,), window=3)
