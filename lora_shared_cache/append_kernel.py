@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flash_lora_attention.calls import kind_of, on_device_of, record, remembered, start_kernel
+from flash_lora_attention.calls import serve, start_kernel
 from flash_lora_attention.sizes import next_power_of_2
 
 
@@ -45,13 +45,7 @@ def append_tokens_kernel(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor,
 
 def _launch(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     tensors = (index, *(target for target, _ in jobs), *(new for _, new in jobs))
-    kind = kind_of(tensors, ("append",))
-    plan = remembered(kind)
-    with on_device_of(index):
-        if plan is None:
-            record(kind, tensors, lambda: _start(index, jobs))
-        else:
-            plan.run(tensors)
+    serve(tensors, ("append",), lambda: _start(index, jobs))
 
 
 def _start(index: torch.Tensor, jobs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[()]:

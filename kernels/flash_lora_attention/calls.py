@@ -25,12 +25,6 @@ MAX_KINDS = 512
 Tensors = Sequence[torch.Tensor | None]
 
 
-def kind_of(tensors: Tensors, numbers: tuple) -> tuple:
-    """What decides how a call is served; ``numbers`` are its other arguments."""
-    found = [None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15) for t in tensors]
-    return (*found, numbers)
-
-
 @dataclass(frozen=True)
 class _Step:
     """One allocation, launch or PyTorch function: ``function(*arguments)``, where tensors, and tuples of tensors, are put into
@@ -126,20 +120,28 @@ _plans: dict[tuple, Plan | None] = {}
 _current = threading.local()
 
 
-def remembered(kind: tuple) -> Plan | None:
-    """The plan of a kind of call, if it is known; not within a call that is being recorded: that has to show all it does."""
-    return None if getattr(_current, "recording", None) is not None else _plans.get(kind)
+def serve(tensors: Tensors, numbers: tuple, call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """``call()``, or the launches that another call of this kind came to.
 
-
-def record(kind: tuple, tensors: Tensors, call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """Run a call and remember how it was served, unless that has been tried."""
-    if kind in _plans or getattr(_current, "recording", None) is not None:
-        return call()
-    recording = _current.recording = _Recording(tensors)
-    try:
-        results = call()
-    finally:
-        _current.recording = None
+    Args:
+        tensors: all that the call is given; the first is one.
+        numbers: everything else that decides how it is served.
+        call: checks the arguments and serves them.
+    """
+    if getattr(_current, "recording", None) is not None:
+        return call()  # a part of what is being recorded
+    found = [None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15) for t in tensors]
+    kind = (*found, numbers)
+    first: Any = tensors[0]
+    with on_device_of(first):
+        if kind in _plans:
+            plan = _plans.get(kind)
+            return call() if plan is None else plan.run(tensors)
+        recording = _current.recording = _Recording(tensors)
+        try:
+            results = call()
+        finally:
+            _current.recording = None
     if len(_plans) >= MAX_KINDS:
         _plans.clear()
     _plans[kind] = recording.plan(results)

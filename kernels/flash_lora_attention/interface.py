@@ -71,57 +71,42 @@ def flash_lora_attention(
         query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, cos, sin, key_gain, key_delta_gain,
         key_delta_weight, sinks, attention_mask, key_length if isinstance(key_length, torch.Tensor) else None,
     )  # fmt: skip
-    kind = None
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    on_kernels = _HAS_TRITON and backend != "reference" and (query.is_cuda or interpreted)
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if on_kernels and not differentiable and not torch.compiler.is_compiling():
-        from .calls import kind_of, on_device_of, record, remembered
-
-        number = None if isinstance(key_length, torch.Tensor) else key_length
-        kind = kind_of(
-            tensors,
-            (
-                low_rank_per_adapter,
-                rotary_dim,
-                rotary_interleaved,
-                scale,
-                is_causal,
-                sliding_window,
-                softcap,
-                number,
-                backend,
-                cudnn_after,
-            ),
-        )
-        plan = remembered(kind)
-        if plan is not None:
-            with on_device_of(query):
-                out, lse = plan.run(tensors)
-            return (out, lse) if return_lse else out
-    check_arguments(
-        query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
-        cos, sin, rotary_dim, key_gain, key_delta_gain, key_delta_weight, sliding_window, softcap, sinks, attention_mask,
-        key_length,
-    )  # fmt: skip
-    if backend not in (None, "reference", "triton"):
-        raise ValueError(f"flash_lora_attention: backend is {backend!r}, expected None, 'reference' or 'triton'")
-    if backend == "triton" and (reason := _unserved(query, key)) is not None:
-        raise ValueError(f"flash_lora_attention: backend='triton' does not serve {reason}")
     arguments = (
         query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
         cos, sin, rotary_dim, rotary_interleaved, key_gain, key_delta_gain, key_delta_weight, scale, is_causal,
         sliding_window, softcap, sinks, attention_mask,
     )  # fmt: skip
-    if _HAS_TRITON and torch.compiler.is_compiling():
-        from .custom_op import forward
+    number = None if isinstance(key_length, torch.Tensor) else key_length
 
-        tensor = key_length if isinstance(key_length, torch.Tensor) else None
-        out, lse = forward(*arguments, tensor, None if tensor is not None else key_length, backend)
-    elif kind is not None:
-        out, lse = record(kind, tensors, lambda: run(*arguments, key_length, backend, cudnn_after))
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        check_arguments(
+            query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
+            cos, sin, rotary_dim, key_gain, key_delta_gain, key_delta_weight, sliding_window, softcap, sinks, attention_mask,
+            key_length,
+        )  # fmt: skip
+        if backend not in (None, "reference", "triton"):
+            raise ValueError(f"flash_lora_attention: backend is {backend!r}, expected None, 'reference' or 'triton'")
+        if backend == "triton" and (reason := _unserved(query, key)) is not None:
+            raise ValueError(f"flash_lora_attention: backend='triton' does not serve {reason}")
+        if _HAS_TRITON and torch.compiler.is_compiling():
+            from .custom_op import forward
+
+            return forward(*arguments, tensors[-1], number, backend)
+        return run(*arguments, key_length, backend, cudnn_after)
+
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    on_kernels = _HAS_TRITON and backend != "reference" and (query.is_cuda or interpreted)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if on_kernels and not differentiable and not torch.compiler.is_compiling():
+        from .calls import serve
+
+        numbers = (
+            low_rank_per_adapter, rotary_dim, rotary_interleaved, scale, is_causal, sliding_window, softcap, number, backend,
+            cudnn_after,
+        )  # fmt: skip
+        out, lse = serve(tensors, numbers, call)
     else:
-        out, lse = run(*arguments, key_length, backend, cudnn_after)
+        out, lse = call()
     return (out, lse) if return_lse else out
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from .calls import empty, kind_of, record, remembered, start_kernel
+from .calls import empty, serve, start_kernel
 from .sizes import cdiv, next_power_of_2
 from .tuning import num_sms
 
@@ -69,10 +69,7 @@ def merge_partials(
     out: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype, sinks: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge contiguous parts (n, B, Hq, S, D) and (n, B, Hq, S) in one kernel; ``merge_states`` checks and dispatches."""
-    tensors = (out, lse, sinks)
-    kind = kind_of(tensors, ("merge", dtype))
-    plan = remembered(kind)
-    merged, total = record(kind, tensors, lambda: _merge(out, lse, dtype, sinks)) if plan is None else plan.run(tensors)
+    merged, total = serve((out, lse, sinks), ("merge", dtype), lambda: _merge(out, lse, dtype, sinks))
     return merged, total
 
 

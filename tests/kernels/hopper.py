@@ -82,7 +82,7 @@ def main() -> None:
     for module in (decode, extend, expand, fold):
         module.num_sms = lambda device: 132
     # What is remembered of a call are loaded kernels.
-    merge_kernel.record = lambda kind, tensors, call: call()
+    merge_kernel.serve = lambda tensors, numbers, call: call()
     cpu, dtype = torch.device("cpu"), torch.bfloat16
     for case in sys.argv[1:]:
         kernel, name, D, S = case.split(":")
