@@ -517,8 +517,7 @@ class LayerPass:
             attention: Callable[..., Any] = flash_lora_attention_reference
         else:
             # A length of text rarely comes twice, and cuDNN's plans for it cost a pass more than they gain in it.
-            layers = len(self.forward_pass.attachment.layers)
-            attention = partial(flash_lora_attention, backend=backend, cudnn_after=layers)
+            attention = partial(flash_lora_attention, backend=backend, cudnn_plans=False)
         out = attention(
             query,
             key,

@@ -5,6 +5,8 @@
 One bfloat16 problem per row (Hq=32, Hk=8, D=128, r=16 on K and V unless the row says otherwise), L2 emptied before each run,
 median of the GPU's own time stamps. Prints microseconds, TB/s or TFLOP/s, the ratio to the best peer (above 1: ours is
 faster) and to the limit (bytes that must be read over copy bandwidth, or operations over matmul rate, both measured here).
+Rows of long blocks also say what the first call of new lengths takes, host included (``new_lengths_ms``); "no plans" is
+``cudnn_plans=False``, as the shared cache calls.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import csv
 import datetime
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -46,7 +49,19 @@ def measure(run, repeats: int = 15) -> tuple[float, float, float]:
 
 
 def problem(
-    B=1, Hk=8, G=4, S=1, T=4096, D=128, r=16, n=1, dtype=torch.bfloat16, key=True, val=True, trunk=False
+    B=1,
+    Hk=8,
+    G=4,
+    S=1,
+    T=4096,
+    D=128,
+    r=16,
+    n=1,
+    dtype=torch.bfloat16,
+    key=True,
+    val=True,
+    trunk=False,
+    cudnn_plans=True,
 ) -> tuple[tuple, dict]:
     """Random (query, key, value) and keyword arguments of one row of the table."""
 
@@ -62,6 +77,8 @@ def problem(
         a |= dict(key_low_rank=rand(n if n > 1 else B, T, r), key_up=rand(n, Hk, r, D) / r**0.5)
     if val:
         a |= dict(value_low_rank=rand(n if n > 1 else B, T, r), value_up=rand(n, Hk, r, D) / r**0.5)
+    if not cudnn_plans:
+        a |= dict(cudnn_plans=False)
     if n > 1:
         a |= dict(adapter_index=torch.arange(B, device="cuda", dtype=torch.int32) % n, low_rank_per_adapter=True)
     return (q, k, v), a
@@ -120,6 +137,10 @@ TABLE = [
     *((f"prefill {t // 1024}k", dict(S=t, T=t), True) for t in (2048, 8192, 32768)),
     *((f"prefill {t // 1024}k, r=64", dict(S=t, T=t, r=64), False) for t in (8192,)),
     *((f"extend {s} on {t // 1024}k", dict(S=s, T=t), True) for s in (128, 512) for t in (16384, 65536)),
+    *((f"prefill {t // 1024}k, no plans", dict(S=t, T=t, cudnn_plans=False), True) for t in (2048, 8192, 32768)),
+    *((f"extend {s} on 16k, no plans", dict(S=s, T=16384, cudnn_plans=False), True) for s in (256, 512, 4096)),
+    *((f"prefill 8k, D={d}, no plans", dict(S=8192, T=8192, D=d, cudnn_plans=False), True) for d in (64, 256)),
+    ("extend 4096 on 16k", dict(S=4096, T=16384), True),
     ("extend 128 on 16k, r=64", dict(S=128, T=16384, r=64), False),
     ("extend 128 on 16k, V only", dict(S=128, T=16384, key=False), False),
     ("extend 128 on 16k, no LoRA", dict(S=128, T=16384, key=False, val=False), False),
@@ -132,6 +153,17 @@ TABLE = [
     ("extend 128 on 16k, float32", dict(S=128, T=16384, dtype=torch.float32), True),
     ("prefill 2k, float32", dict(S=2048, T=2048, dtype=torch.float32), True),
 ]
+
+
+def of_new_lengths(options: dict) -> float:
+    """Milliseconds of the first call of lengths that have not been, wall clock, until the device is done."""
+    S, T = options["S"] - options["S"] // 9, options["T"] - options["T"] // 9
+    qkv, a = problem(**options | dict(S=S, T=T))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    flash_lora_attention(*qkv, **a)
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def row(name: str, options: dict, with_peers: bool, copy: float, matmul: float) -> dict:
@@ -147,12 +179,13 @@ def row(name: str, options: dict, with_peers: bool, copy: float, matmul: float) 
     moved += (a["cos"].nbytes + a["sin"].nbytes) if "key_up" in a else 0
     flops = 4 * B * Hq * S * D * (T - (S - 1) / 2)
     limit = max(moved / copy, flops / matmul if S > 1 else 0.0)
+    new_lengths = of_new_lengths(options) if S >= 256 else None
     times = peers(*qkv) if with_peers else {}
     best = min(times.values(), default=float("nan"))
     return dict(
         name=name, us=median, us_p20=low, us_p80=high, tb_s=moved / median / 1e6, tflop_s=flops / median / 1e6,
         best_peer=min(times, key=times.get, default=""), best_peer_us=best, speed_vs_peer=best / median,
-        limit_us=limit, of_limit=limit / median, **{f"{p}_us": t for p, t in times.items()},
+        limit_us=limit, of_limit=limit / median, new_lengths_ms=new_lengths, **{f"{p}_us": t for p, t in times.items()},
     )  # fmt: skip
 
 
@@ -160,7 +193,8 @@ def show(line: dict) -> None:
     print(
         f"{line['name']:<40}{line['us']:>10.1f} us {line['tb_s']:>6.2f} TB/s {line['tflop_s']:>6.0f} TFLOP/s"
         f"  x{line['speed_vs_peer']:<5.2f} of {line['best_peer']:<9}{line['best_peer_us']:>9.1f}"
-        f"  limit {line['limit_us']:>8.1f} ({line['of_limit']:.2f})",
+        f"  limit {line['limit_us']:>8.1f} ({line['of_limit']:.2f})"
+        + ("" if line["new_lengths_ms"] is None else f"  new lengths {line['new_lengths_ms']:.1f} ms"),
         flush=True,
     )
 

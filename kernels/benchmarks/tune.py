@@ -22,6 +22,7 @@ from benchmark import measure, problem
 from flash_lora_attention import tuning
 from flash_lora_attention.arguments import Problem
 from flash_lora_attention.decode import split_kv_attention
+from flash_lora_attention.dense import dense_attention
 from flash_lora_attention.expand import expand
 from flash_lora_attention.extend import extend_attention
 from flash_lora_attention.inputs import Inputs, prepare
@@ -42,6 +43,8 @@ SCORES = [
 EXTEND = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2), (32, 16, 4, 1)]
 # block_t, num_warps, num_stages, programs_per_sm
 EXPAND = [(32, 4, 2, 8), (32, 4, 3, 4), (32, 4, 1, 16), (64, 8, 3, 4), (16, 4, 3, 8)]
+# block_m, block_n, num_warps, num_stages; for Hopper and 16 bits
+DENSE = [(64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)]
 
 
 def inputs(**options) -> Inputs:
@@ -53,6 +56,10 @@ def inputs(**options) -> Inputs:
     ))  # fmt: skip
     fixed = dict(low_rank_per_adapter=False, rotary_interleaved=False, is_causal=True)
     return prepare(Problem(qkv[1].shape[2], qkv[0].shape[-1], 1), *qkv, **{**absent, **fixed, **a})
+
+
+def dense(x: Inputs, config: tuning.DenseConfig) -> None:
+    dense_attention(x.query, x.key, x.value, scale=x.scale, is_causal=True, sinks=None, config=config)
 
 
 def fastest(name: str, problems: list[dict], configs: list, run) -> dict:
@@ -92,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         "device": device,
         "measured_with": f"torch {torch.__version__}, triton {triton.__version__}, {datetime.date.today().isoformat()}",
         **{part: before.get(part, {}) for part in ("decode", "scores", "extend", "expand")},
-        "dispatch": before.get("dispatch", default["dispatch"]),
+        **{part: before.get(part, default[part]) for part in ("dense", "dispatch")},
     }  # fmt: skip
     for bits in arguments.dtypes:
         dtype, precision = DTYPES[bits]
@@ -130,6 +137,10 @@ def main(argv: list[str] | None = None) -> None:
             result["expand"][bits][str(D)] = fastest(
                 f"expand {name}", work, configs, lambda x, config: expand(x, x.T, config)
             )
+            if bits == "16-bit" and torch.cuda.get_device_capability()[0] == 9:
+                work = [dict(S=s, T=16384, **common) for s in (1024, 4096, 16384)]
+                configs = [tuning.DenseConfig(*c) for c in DENSE]
+                result["dense"][bits][str(D)] = fastest(f"dense {name}", work, configs, dense)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {path}")
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor as TensorMap
 
 # Kinds of calls that are remembered at most; a pass whose lengths the host knows is of a kind of its own.
 MAX_KINDS = 512
@@ -27,8 +28,8 @@ Tensors = Sequence[torch.Tensor | None]
 
 @dataclass(frozen=True)
 class _Step:
-    """One allocation, launch or PyTorch function: ``function(*arguments)``, where tensors, and tuples of tensors, are put into
-    their places by number. Those that it returns are numbered on."""
+    """One allocation, launch or PyTorch function: ``function(*arguments)``, where tensors, their maps, and tuples of tensors are
+    put into their places by number. Those that it returns are numbered on."""
 
     function: Callable[..., Any]
     arguments: tuple
@@ -63,7 +64,7 @@ class Plan:
 
 class _Recording:
     def __init__(self, tensors: Tensors):
-        self.tensors: list[torch.Tensor | None] = [*tensors]
+        self.tensors: list[torch.Tensor | TensorMap | None] = [*tensors]
         self.given = len(self.tensors)
         self.steps: list[_Step] = []
         self.fails = False
@@ -72,10 +73,10 @@ class _Recording:
         """Which tensor of the call this is, or (unless ``whole``) begins where that begins; -1, and no plan, if that is not
         certain."""
         pointer = tensor.data_ptr()
-        found = [i for i, t in enumerate(self.tensors) if t is not None and t.data_ptr() == pointer]
+        found = [i for i, t in enumerate(self.tensors) if isinstance(t, torch.Tensor) and t.data_ptr() == pointer]
         if len(found) == 1 and pointer:
             known = self.tensors[found[0]]
-            if not whole or (known is not None and _layout(known) == _layout(tensor)):
+            if not whole or (isinstance(known, torch.Tensor) and _layout(known) == _layout(tensor)):
                 return found[0]
         self.fails = True
         return -1
@@ -84,7 +85,7 @@ class _Recording:
         self,
         function: Callable[..., Any],
         arguments: Sequence[Any],
-        returned: Sequence[torch.Tensor] = (),
+        returned: Sequence[torch.Tensor | TensorMap] = (),
         whole: bool = False,
     ) -> None:
         others, tensors, tuples = [*arguments], [], []
@@ -92,6 +93,9 @@ class _Recording:
             if isinstance(argument, torch.Tensor):
                 others[place] = None
                 tensors.append((place, self.number_of(argument, whole)))
+            elif isinstance(argument, TensorMap):
+                others[place] = None
+                tensors.append((place, next(i for i, t in enumerate(self.tensors) if t is argument)))
             elif isinstance(argument, tuple) and any(isinstance(a, torch.Tensor) for a in argument):
                 others[place] = None
                 tuples.append((place, tuple([self.number_of(a, whole) for a in argument])))
@@ -103,7 +107,7 @@ class _Recording:
         for result in results:
             number = self.number_of(result, whole=False)
             known = self.tensors[number] if number >= self.given else None
-            if known is None:
+            if not isinstance(known, torch.Tensor):
                 return None
             first = result.dim() < known.dim()
             if _layout(known[0] if first else known) != _layout(result):
@@ -155,18 +159,39 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``torch.empty``, for what kernels write."""
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tokens_first: bool = False) -> torch.Tensor:
+    """``torch.empty``, for what kernels write; ``tokens_first``: (B, H, T, D) with heads and tokens exchanged in memory."""
     shape = tuple(shape)
-    tensor = torch.empty(shape, dtype=dtype, device=device)
+    arguments = (shape, dtype, device, tokens_first)
+    tensor = _empty(*arguments)
     recording = getattr(_current, "recording", None)
     if recording is not None:
-        recording.note(_empty, (shape, dtype, device), (tensor,))
+        recording.note(_empty, arguments, (tensor,))
     return tensor
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, tokens_first: bool) -> torch.Tensor:
+    if tokens_first:
+        B, H, T, D = shape
+        return torch.empty((B, T, H, D), dtype=dtype, device=device).transpose(1, 2)
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def tensor_map(
+    tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> TensorMap:
+    """What a kernel reads or writes in blocks through Hopper's tensor memory accelerator, from the tensor's first element on."""
+    made = _tensor_map(tensor, shape, strides, block)
+    recording = getattr(_current, "recording", None)
+    if recording is not None:
+        recording.note(_tensor_map, (tensor, shape, strides, block), (made,))
+    return made
+
+
+def _tensor_map(
+    tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> TensorMap:
+    return TensorMap(tensor, [*shape], [*strides], [*block])
 
 
 def perform(function: Callable[..., tuple[torch.Tensor, ...]], *arguments: Any) -> tuple[torch.Tensor, ...]:

@@ -1,9 +1,10 @@
-"""Expansion of one layer's K and V into a transient buffer, and attention over it by PyTorch's own SDPA kernels.
+"""Expansion of one layer's K and V into a transient buffer, and ordinary attention over it: by PyTorch's own SDPA kernels, or by
+``dense.py`` where cuDNN's plans do not pay.
 
 For a long block of queries the expansion (one pass over the base cache) costs little beside the attention, and cuDNN's
-attention on Hopper is faster than any Triton kernel. Keys before the block are seen by all of its queries, so they need no
-mask: they are attended to in equal pieces folded into the batch dimension (a split-KV for free), the block itself causally,
-and the parts are merged by log-sum-exp.
+attention on Hopper is faster than any Triton kernel once it has plans for the lengths. Keys before the block are seen by all
+of its queries, so they need no mask: cuDNN attends to them in equal pieces folded into the batch dimension (a split-KV for
+free), to the block itself causally, and the parts are merged by log-sum-exp.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import triton
 import triton.language as tl
 
 from .calls import empty, perform, start_kernel
+from .dense import dense_attention, dense_serves
 from .inputs import Inputs, alignments
 from .merge_kernel import merge_partials
 from .sizes import cdiv, next_power_of_2
 from .tiles import aligned, pair_columns
-from .tuning import DispatchConfig, ExpandConfig, num_sms
+from .tuning import DispatchConfig, ExpandConfig, dense_config, num_sms
 
 
 @triton.jit(do_not_specialize=["length", "num_t", "num_groups"])
@@ -296,16 +298,30 @@ def _cudnn_folded(query, key, value, num_splits: int, scale: float) -> tuple[tor
     return (out.unsqueeze(1), lse.unsqueeze(1)) if num_splits > 1 else (out.unsqueeze(0), lse.unsqueeze(0))
 
 
+# Floating-point operations of a call from which on cuDNN gains as much in one pass of some 32 layers as its plans take: on an
+# H100 it does 590 TFLOP/s where the kernel for ready-made K and V does 500, and the two plans of a pass take some 120 ms.
+_LONG_CALL = 1.2e13
+
+
+def _plans_pay(x: Inputs, length: int) -> bool:
+    """Whether cuDNN's plans pay in a single pass."""
+    return 4 * x.B * x.Hk * x.G * x.D * x.S * (length - x.S / 2 if x.is_causal else length) >= _LONG_CALL
+
+
 def sdpa_attention(
-    x: Inputs, expand_config: ExpandConfig, config: DispatchConfig, num_splits: int | None = None, cudnn_after: int = 0
+    x: Inputs,
+    expand_config: ExpandConfig,
+    config: DispatchConfig,
+    num_splits: int | None = None,
+    cudnn_plans: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expand, then attend with the best SDPA backend; only where :func:`sdpa_can_express` holds.
+    """Expand, then attend as ordinary attention does; only where :func:`sdpa_can_express` holds.
 
     Args:
         x: the checked and normalised arguments.
         expand_config, config: from ``tuning``.
-        num_splits: pieces of the keys before the block; absent: as many as fill the device.
-        cudnn_after: as in ``flash_lora_attention``.
+        num_splits: pieces that cuDNN takes the keys before the block in; absent: as many as fill the device.
+        cudnn_plans: as in ``flash_lora_attention``.
 
     Returns:
         out (B, Hq, S, D) in the dtype of the query, lse (B, Hq, S) float32.
@@ -316,41 +332,27 @@ def sdpa_attention(
     key, value = expand(x, length, expand_config)
     hopper = torch.cuda.get_device_capability(x.query.device)[0] >= 9
     cudnn = x.query.dtype != torch.float32 and x.S >= config.cudnn_queries and x.D <= (256 if hopper else 128)
+    cudnn = cudnn and (cudnn_plans or _plans_pay(x, length))
+    if not cudnn and dense_serves(x.query, key, value, x.scale):
+        dense = dense_config(x.query.device, x.query.dtype, x.D)
+        return dense_attention(
+            x.query, key, value, scale=x.scale, is_causal=x.is_causal, sinks=x.sinks, config=dense
+        )  # fmt: skip
     if num_splits is None:
         tiles = cdiv(x.S, 128) * x.B * x.Hk * x.G
         num_splits = 1
         past = length - x.S if x.is_causal else length
         while x.B == 1 and 2 * num_splits * tiles <= num_sms(x.query.device) and num_splits * 2048 <= past:
             num_splits *= 2
-    calls = cudnn_after if cudnn else None
-    out, lse = perform(_sdpa, x.query, key, value, x.sinks, calls, num_splits, x.is_causal, x.scale)
+    out, lse = perform(_sdpa, x.query, key, value, x.sinks, cudnn, num_splits, x.is_causal, x.scale)
     return out, lse
 
 
-# Calls by the shape that cuDNN would build its plans for.
-_calls: dict[tuple, int] = {}
-# Floating-point operations of a call from which on FlashAttention-2 loses more in one pass of some 32 layers than plans take:
-# on an H100 it does 320 TFLOP/s where cuDNN does 600, and the plans of a shape take 60 ms and more.
-_LONG_CALL = 1.4e12
-
-
-def _cudnn_pays(query, key, is_causal: bool, calls: int) -> bool:
-    """Whether cuDNN is to serve a call: a shape that has come ``calls`` times, or one that is long."""
-    B, heads, S, D = query.shape
-    T = key.shape[2]
-    if 4 * B * heads * D * S * (T - S / 2 if is_causal else T) >= _LONG_CALL:
-        return True
-    shape = (query.dtype, B, heads, key.shape[1], D, _bucket(S), _bucket(T), S == T, is_causal)
-    come = _calls[shape] = _calls.get(shape, 0) + 1
-    return come > calls
-
-
-def _sdpa(query, key, value, sinks, cudnn_calls, num_splits, is_causal, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`sdpa_attention` over ready-made K and V (B, Hk, length, D); ``cudnn_calls`` None: cuDNN can't serve it."""
+def _sdpa(query, key, value, sinks, cudnn, num_splits, is_causal, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sdpa_attention` over ready-made K and V (B, Hk, length, D) by PyTorch's kernels."""
     S, length = query.shape[2], key.shape[2]
     past = length - S if is_causal else length  # keys that every query sees
     half = query.dtype != torch.float32
-    cudnn = cudnn_calls is not None and _cudnn_pays(query, key, is_causal, cudnn_calls)
     parts: list[tuple[torch.Tensor, torch.Tensor]]
     if is_causal and past == 0:
         square = _cudnn_square(query, key, value, scale) if cudnn else None

@@ -1,9 +1,10 @@
 """The entry point: checks, then the path that is fastest for this shape on this device.
 
 CUDA tensors take one of four paths. Few queries: the split-KV kernel. Blocks of queries: the fused extend kernel, from some
-size on over keys that are expanded once. Long blocks that causality alone describes: expand this layer's K and V and call the
-best SDPA backend. Where one path takes over from the other was measured (``configs/``), not guessed. CPU tensors, float64 and
-calls that need gradients go to the reference, and so does everything where Triton is not installed.
+size on over keys that are expanded once. Long blocks that causality alone describes: expand this layer's K and V and attend
+as ordinary attention does, with the best kernel for that. Where one path takes over from the other was measured
+(``configs/``), not guessed. CPU tensors, float64 and calls that need gradients go to the reference, and so does everything
+where Triton is not installed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def flash_lora_attention(
     key_length: torch.Tensor | int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-    cudnn_after: int = 0,
+    cudnn_plans: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over a split KV cache: base keys and values plus low-rank parts, expanded inside the attention.
 
@@ -56,8 +57,9 @@ def flash_lora_attention(
 
     Args:
         backend: None chooses; "reference" or "triton" forces one. "triton" on CPU tensors needs ``TRITON_INTERPRET=1``.
-        cudnn_after: calls with a long block of queries of one shape that FlashAttention-2 serves before cuDNN builds its plans
-            for it, which take 40 to 150 ms once; a call long enough for that to pay is cuDNN's at once.
+        cudnn_plans: whether cuDNN may build plans for the lengths of a long block of queries, which takes 40 to 80 ms for
+            each pair of lengths, once. False, for lengths that do not come again: only where a pass of some 32 layers pays
+            for it.
 
     Returns:
         (B, Hq, S, D) in the dtype of ``query``, contiguous or a view with heads and tokens exchanged in memory; with
@@ -92,7 +94,7 @@ def flash_lora_attention(
             from .custom_op import forward
 
             return forward(*arguments, tensors[-1], number, backend)
-        return run(*arguments, key_length, backend, cudnn_after)
+        return run(*arguments, key_length, backend, cudnn_plans)
 
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     on_kernels = _HAS_TRITON and backend != "reference" and (query.is_cuda or interpreted)
@@ -102,7 +104,7 @@ def flash_lora_attention(
 
         numbers = (
             low_rank_per_adapter, rotary_dim, rotary_interleaved, scale, is_causal, sliding_window, softcap, number, backend,
-            cudnn_after,
+            cudnn_plans,
         )  # fmt: skip
         out, lse = serve(tensors, numbers, call)
     else:
@@ -128,7 +130,7 @@ def _unserved(query: torch.Tensor, key: torch.Tensor) -> str | None:
 def run(
     query, key, value, key_low_rank, key_up, value_low_rank, value_up, adapter_index, low_rank_per_adapter,
     cos, sin, rotary_dim, rotary_interleaved, key_gain, key_delta_gain, key_delta_weight, scale, is_causal, sliding_window,
-    softcap, sinks, attention_mask, key_length, backend, cudnn_after=0,
+    softcap, sinks, attention_mask, key_length, backend, cudnn_plans=True,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Dispatch of a checked call, without ``torch.compile``; returns (out, lse)."""
     tensors = (query, key, value, key_low_rank, key_up, value_low_rank, value_up, sinks)
@@ -162,10 +164,10 @@ def run(
         out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
         return out, lse if sinks is None else sinks.float()[None, :, None].expand_as(lse).contiguous()
     with on_device_of(query):
-        return dispatch(x, cudnn_after)
+        return dispatch(x, cudnn_plans)
 
 
-def dispatch(x, cudnn_after: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def dispatch(x, cudnn_plans: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the path for prepared arguments (``inputs.Inputs``) by the measured crossovers."""
     from .decode import split_kv_attention, variant
     from .expand import expanded, sdpa_attention, sdpa_can_express
@@ -181,7 +183,7 @@ def dispatch(x, cudnn_after: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
             x = expanded(x, length, expand_config(*case))
         return split_kv_attention(x, decode_config(*case, variant(x)), scores=scores_config(*case))
     if x.query.is_cuda and x.S >= config.sdpa_queries and sdpa_can_express(x):
-        return sdpa_attention(x, expand_config(*case), config, cudnn_after=cudnn_after)
+        return sdpa_attention(x, expand_config(*case), config, cudnn_plans=cudnn_plans)
     has_key_lora = x.key_low_rank is not None
     if max(x.rk, x.rv) > config.max_fused_rank:
         x = expanded(x, length, expand_config(*case))

@@ -74,6 +74,20 @@ class ExpandConfig:
 
 
 @dataclass(frozen=True)
+class DenseConfig:
+    """Tiles of ``dense_kernel``, which has 16-bit inputs only."""
+
+    block_m: int  # queries per tile
+    block_n: int  # keys per tile
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = (
+        2  # pieces of the keys are chosen so that at least half as many programs run on each multiprocessor
+    )
+    min_keys: int = 1024  # keys per piece, at least
+
+
+@dataclass(frozen=True)
 class DispatchConfig:
     """Which path serves which number of queries; see ``interface.py``."""
 
@@ -150,6 +164,12 @@ def extend_config(device: torch.device, dtype: torch.dtype, head_size: int) -> E
 def expand_config(device: torch.device, dtype: torch.dtype, head_size: int) -> ExpandConfig:
     """Tiles of the expand kernel for a device, dtype and head size."""
     return ExpandConfig(**_entry(device, "expand", dtype, head_size))
+
+
+@functools.cache
+def dense_config(device: torch.device, dtype: torch.dtype, head_size: int) -> DenseConfig:
+    """Tiles of the kernel for ready-made K and V, for a device, 16-bit dtype and head size."""
+    return DenseConfig(**_entry(device, "dense", dtype, head_size))
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from flash_lora_attention import decode, expand, extend, fold, merge_kernel, tuning
+from flash_lora_attention import decode, dense, expand, extend, fold, merge_kernel, tuning
 
 from .cases import GRID, make
 from .test_interpreter import prepared
@@ -79,7 +79,7 @@ def main() -> None:
     driver.set_active(Hopper())
     file = Path(tuning.__file__).parent / "configs/nvidia_h100_80gb_hbm3.json"
     tuning._config = lambda index: json.loads(file.read_text())
-    for module in (decode, extend, expand, fold):
+    for module in (decode, dense, extend, expand, fold):
         module.num_sms = lambda device: 132
     # What is remembered of a call are loaded kernels.
     merge_kernel.serve = lambda tensors, numbers, call: call()
@@ -99,6 +99,9 @@ def main() -> None:
                 compiled.pop(0)
         elif kernel == "extend":
             extend.extend_attention(x, tuning.extend_config(cpu, dtype, int(D)))
+        elif kernel == "dense":
+            tiles = tuning.dense_config(cpu, dtype, int(D))
+            dense.dense_attention(x.query, x.key, x.value, scale=0.1, is_causal=True, sinks=x.sinks, config=tiles)
         else:
             expand.expand(x, x.T, tuning.expand_config(cpu, dtype, int(D)))
         found = compiled[0][1]

@@ -48,10 +48,13 @@ NAMES = ("plain", "base", "adapters_own_lr", "trunk", "trunk_gains", "full_width
 @pytest.mark.parametrize("queries", [1, 37])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_next_call_of_a_kind(name, queries, only_plans):
+    problem = make(S=queries, device=DEVICE, seed=1, **GRID[name])
+    expected = attend(*problem)
+    calls._plans.clear()
     attend(*make(S=queries, device=DEVICE, **GRID[name]))
     only_plans()
-    qkv, a = make(S=queries, device=DEVICE, seed=1, **GRID[name])
-    check(*attend(qkv, a), qkv, a)
+    for found, theirs in zip(attend(*problem), expected, strict=True):
+        assert torch.equal(found, theirs)
 
 
 @pytest.mark.parametrize(
@@ -74,47 +77,58 @@ def test_expanded_keys(options, only_plans, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="PyTorch's kernels serve long blocks on CUDA")
+@pytest.mark.skipif(DEVICE == "cpu", reason="long blocks have their own way on CUDA")
 @pytest.mark.parametrize(
     "options",
     [dict(S=600, T=1900), dict(S=600, T=600), dict(S=600, T=1900, sinks=True), dict(S=600, T=1900, key=False, val=False),
      dict(S=600, T=5000, B=1), dict(S=600, T=1900, dtype=torch.float32), dict(S=600, T=1900, is_causal=False)],
     ids=str,
 )  # fmt: skip
-def test_blocks_that_pytorch_serves(options, only_plans):
+@pytest.mark.parametrize("cudnn_plans", [True, False])
+def test_long_blocks(options, cudnn_plans, only_plans):
     options = dict(dict(D=64, r=8, G=4, dtype=torch.bfloat16), **options)
-    attend(*make(device=DEVICE, **options))
+    (q, k, v), a = make(device=DEVICE, **options)
+    flash_lora_attention(q, k, v, **a, return_lse=True, cudnn_plans=cudnn_plans)
     only_plans()
     qkv, a = make(device=DEVICE, seed=1, **options)
-    check(*attend(qkv, a), qkv, a)
+    check(*flash_lora_attention(*qkv, **a, return_lse=True, cudnn_plans=cudnn_plans), qkv, a)
 
 
-def test_who_serves_long_blocks(monkeypatch):
-    """FlashAttention-2 until a shape has come often enough for cuDNN's plans, cuDNN at once where a call is long."""
-    from flash_lora_attention import expand
+@pytest.mark.parametrize("cudnn_plans", [True, False])
+@pytest.mark.parametrize("hopper", [True, False])
+def test_who_serves_long_blocks(hopper, cudnn_plans, monkeypatch):
+    """Without plans: the kernel that needs none, FlashAttention-2 where there is none, cuDNN where a call is long."""
+    from flash_lora_attention import expand, tuning
+
+    from .test_interpreter import prepared
 
     served = []
 
-    def kernel(name):
-        def run(query, key, value, *args):
+    def stand_in(name):
+        def run(query, *args, **kwargs):
             served.append(name)
             return query.clone(), query.new_zeros(query.shape[:3])
 
         return run
 
-    for name in ("_flash", "_cudnn_square", "_efficient"):
-        monkeypatch.setattr(expand, name, kernel(name))
-    monkeypatch.setattr(expand, "_calls", {})
-    q, k, longer = (torch.zeros(1, 2, n, 16, dtype=torch.float16) for n in (300, 300, 400))
-    for _ in range(4):
-        expand._sdpa(q, k, k, None, 2, 1, True, 0.25)
-    expand._sdpa(q, longer, longer, None, 2, 1, True, 0.25)
-    expand._sdpa(q.float(), k.float(), k.float(), None, None, 1, True, 0.25)
-    assert served == ["_flash", "_flash", "_cudnn_square", "_cudnn_square", "_flash", "_efficient"]
-    monkeypatch.setattr(expand, "_LONG_CALL", 4 * 2 * 300 * 150 * 16)
-    monkeypatch.setattr(expand, "_calls", {})
-    expand._sdpa(q, k, k, None, 2, 1, True, 0.25)
-    assert served[-1] == "_cudnn_square"
+    for name in ("_flash", "_cudnn_square", "_efficient", "dense_attention"):
+        monkeypatch.setattr(expand, name, stand_in(name))
+    monkeypatch.setattr(expand, "dense_serves", lambda query, *args: hopper and query.dtype == torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    config = tuning.dispatch_config(torch.device("cpu"), torch.float16, 16)
+
+    def serve(dtype, cudnn_queries):
+        x = prepared(*make(S=300, T=300, dtype=dtype, key=False, val=False))
+        expand.sdpa_attention(x, None, replace(config, cudnn_queries=cudnn_queries), cudnn_plans=cudnn_plans)
+
+    serve(torch.float16, 128)
+    serve(torch.float32, 128)
+    serve(torch.float16, 400)
+    plain = "dense_attention" if hopper else "_flash"
+    assert served == ["_cudnn_square" if cudnn_plans else plain, "_efficient", plain]
+    monkeypatch.setattr(expand, "_LONG_CALL", 4 * 2 * 4 * 300 * 150 * 16)
+    serve(torch.float16, 128)
+    assert served[3] == "_cudnn_square"
 
 
 def test_kinds():

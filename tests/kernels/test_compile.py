@@ -22,6 +22,7 @@ CASES = [
     "decode:interleaved_full:64:1", "decode:strided:64:1", "extend:plain:128:37", "extend:value_only:128:37",
     "extend:base:128:37", "extend:rank_3:64:37", "extend:rank_8:64:37", "extend:window:64:37", "extend:plain:80:37",
     "expand:plain:128:37", "scores:eight_rows:128:1", "after_scores:eight_rows:128:1", "scores:eight_rows:64:1",
+    "dense:plain:128:200", "dense:plain:64:200", "dense:plain:80:200", "dense:plain:256:200", "dense:sinks:64:200",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flash_lora_attention import expand, flash_lora_attention, flash_lora_attention_reference, merge_states
+from flash_lora_attention import flash_lora_attention, flash_lora_attention_reference, merge_states
 
 from .cases import GRID, check, make
 from .dense import attention_dense
@@ -35,7 +35,7 @@ def test_head_sizes_and_ranks(D, r, queries, dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype, cudnn_after", [(dtype, 0) for dtype in DTYPES] + [(dtype, 1) for dtype in DTYPES[:2]], ids=str
+    "dtype, cudnn_plans", [(dtype, True) for dtype in DTYPES] + [(dtype, False) for dtype in DTYPES[:2]], ids=str
 )
 @pytest.mark.parametrize(
     "options",
@@ -47,9 +47,8 @@ def test_head_sizes_and_ranks(D, r, queries, dtype):
     ],
     ids=str,
 )  # fmt: skip
-def test_expand_and_sdpa(options, dtype, cudnn_after, monkeypatch):
-    monkeypatch.setattr(expand, "_calls", {})
-    run_and_check(cudnn_after=cudnn_after, **{"D": 128, "G": 4, "r": 16, "dtype": dtype, **options})
+def test_expand_and_sdpa(options, dtype, cudnn_plans):
+    run_and_check(cudnn_plans=cudnn_plans, **{"D": 128, "G": 4, "r": 16, "dtype": dtype, **options})
 
 
 @pytest.mark.parametrize("n", [1, 8])

@@ -27,9 +27,10 @@ def test_writes_a_configuration_that_is_read(tmp_path, monkeypatch, ahead_is_fas
     shutil.copy(tuning._CONFIGS / "default.json", tmp_path)
     monkeypatch.setattr(tuning, "_CONFIGS", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *index: "Some GPU 1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *index: (9, 0))
     called = []
     monkeypatch.setattr(tune, "inputs", lambda **options: type("X", (), options))
-    for launcher in ("split_kv_attention", "extend_attention", "expand"):
+    for launcher in ("split_kv_attention", "extend_attention", "expand", "dense"):
         monkeypatch.setattr(tune, launcher, lambda x, *args, **kwargs: called.append((args, kwargs)))
 
     def measure(run, repeats):
@@ -49,7 +50,13 @@ def test_writes_a_configuration_that_is_read(tmp_path, monkeypatch, ahead_is_fas
     written = json.loads((tmp_path / "some_gpu_1.json").read_text())
     monkeypatch.setattr(tuning, "_config", lambda index: written)
     cuda = torch.device("cuda", 0)
-    for function in (tuning.decode_config, tuning.scores_config, tuning.extend_config, tuning.expand_config):
+    for function in (
+        tuning.decode_config,
+        tuning.scores_config,
+        tuning.extend_config,
+        tuning.expand_config,
+        tuning.dense_config,
+    ):
         function.cache_clear()
     try:
         for dtype in (torch.bfloat16, torch.float32):
@@ -57,6 +64,8 @@ def test_writes_a_configuration_that_is_read(tmp_path, monkeypatch, ahead_is_fas
                 assert tuning.decode_config(cuda, dtype, D, None).block_n == 64
                 assert tuning.extend_config(cuda, dtype, D).block_n == 64
                 assert tuning.expand_config(cuda, dtype, D).block_t == 16
+                if dtype == torch.bfloat16:
+                    assert tuning.dense_config(cuda, dtype, D).block_n == 64
                 scores = tuning.scores_config(cuda, dtype, D)
                 rows = tuning.decode_config(cuda, dtype, D, "rows")
                 assert (scores.min_rows < NEVER) == ahead_is_faster
@@ -68,12 +77,18 @@ def test_writes_a_configuration_that_is_read(tmp_path, monkeypatch, ahead_is_fas
         tune.main(["--dtypes", "16-bit", "--head-sizes", "128"])
         again = json.loads((tmp_path / "some_gpu_1.json").read_text())
         kept, new = (
-            {(kernel, bits, D): fields for kernel in ("decode", "scores", "extend", "expand")
+            {(kernel, bits, D): fields for kernel in ("decode", "scores", "extend", "expand", "dense")
              for bits, sizes in file[kernel].items() for D, fields in sizes.items()}
             for file in (written, again)
         )  # fmt: skip
         changed = {key for key in kept if kept[key] != new[key]}
         assert changed and all(key[1:] == ("16-bit", "128") for key in changed) and kept.keys() == new.keys()
     finally:
-        for function in (tuning.decode_config, tuning.scores_config, tuning.extend_config, tuning.expand_config):
+        for function in (
+            tuning.decode_config,
+            tuning.scores_config,
+            tuning.extend_config,
+            tuning.expand_config,
+            tuning.dense_config,
+        ):
             function.cache_clear()
