@@ -66,6 +66,7 @@ class AdapterWatch:
         partial: there are weights besides (of embeddings, say), which are not watched.
         digest: reads the content of its weights, or None: not yet.
         changes: how often counts or scalings were found to be others than before.
+        tensors: the weights.
     """
 
     scalings: _Places = field(default_factory=lambda: ([], []))
@@ -74,7 +75,7 @@ class AdapterWatch:
     partial: bool = False
     digest: Digest | None = None
     changes: int = 0
-    _tensors: list[Any] = field(default_factory=list)
+    tensors: list[Any] = field(default_factory=list)
     _layers: list[Any] = field(default_factory=list)
     _addresses: list[int] = field(default_factory=list)
     _versions: list[int] = field(default_factory=list)
@@ -96,15 +97,15 @@ class AdapterWatch:
 
     def take(self) -> None:
         """Note how everything is now."""
-        self._tensors, self._layers = list(map(dict.get, *self.places)), list(map(dict.get, *self.modules))
+        self.tensors, self._layers = list(map(dict.get, *self.places)), list(map(dict.get, *self.modules))
         self._addresses, (self._versions, self._scalings) = self._address(), self._numbers()
 
     def consists_of_the_same(self) -> bool:
         """Whether the adapter consists of the same tensors at the same addresses, and of nothing that is not watched."""
         # Not equality: that of tensors is another thing.
-        same = not self.partial and bool(self._tensors)
+        same = not self.partial and bool(self.tensors)
         same = same and all(map(operator.is_, map(dict.get, *self.modules), self._layers))
-        same = same and all(map(operator.is_, map(dict.get, *self.places), self._tensors))
+        same = same and all(map(operator.is_, map(dict.get, *self.places), self.tensors))
         return same and self._addresses == self._address()
 
     def numbers_hold(self) -> bool:
@@ -120,11 +121,11 @@ class AdapterWatch:
         return self._scalings
 
     def _address(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, self._tensors))
+        return list(map(torch.Tensor.data_ptr, self.tensors))
 
     def _numbers(self) -> tuple[list[int], tuple]:
         try:
-            versions = list(map(_version, self._tensors))
+            versions = list(map(_version, self.tensors))
         except RuntimeError:
             versions = []  # inference tensors keep no count
         return versions, tuple(map(dict.get, *self.scalings))
@@ -278,6 +279,7 @@ class Attachment:
         lora_layers: (path, layer) of every LoRA layer of the model.
         originals: (config, attention implementation) as they were.
         active: who has a shared forward pass under way; the attention implementation is ours while somebody has.
+        weights_version: counts changes of the adapters, after which nothing that was made of their weights holds.
     """
 
     root: Any
@@ -291,6 +293,7 @@ class Attachment:
     lora_layers: list[tuple[str, Any]] = field(default_factory=list)
     originals: list[tuple[Any, str]] = field(default_factory=list)
     active: set[weakref.ref] = field(default_factory=set)
+    weights_version: int = 0
     _structure: Any = None
     _projections: _Places = field(default_factory=lambda: ([], []))
     _checked: Any = None
@@ -303,7 +306,6 @@ class Attachment:
     _normalises: bool = False
     _weights: dict[Any, Any] = field(default_factory=dict)
     _digests: dict[str, Any] = field(default_factory=dict)
-    _weights_version: int = 0
     _addresses: tuple = ()
     _hooks: list[dict] | None = None
     _tensors: list[dict] | None = None
@@ -436,6 +438,11 @@ class Attachment:
             for name, watch, changes in state
         )
 
+    def memory_of(self, names: Iterable[str]) -> list[Any]:
+        """The memory in which the weights of these adapters lie, as far as they have been looked at. Who holds it keeps it."""
+        watches = [self._watches[name] for name in names if name in self._watches]
+        return [tensor.untyped_storage() for watch in watches for tensor in watch.tensors]
+
     def content_digests(self, names: Iterable[str]) -> dict[str, tuple]:
         """Content of adapters: every weight and scaling. Read anew at each call; this is what notices a hot-swap."""
         watches = {name: self.watch(name) for name in names}
@@ -453,7 +460,7 @@ class Attachment:
 
     def _forget_weights(self) -> None:
         self._weights.clear()
-        self._weights_version += 1
+        self.weights_version += 1
 
     def down_digests(self, name: str) -> DownDigests:
         """Content of an adapter's A on each ``k_proj`` and ``v_proj`` it adapts."""
@@ -479,9 +486,9 @@ class Attachment:
         Args:
             whole: look at the address of every weight and buffer; False: only at what changes with adapters.
         """
-        if whole or not self._addresses or self._weights_version != self._addresses[0]:
+        if whole or not self._addresses or self.weights_version != self._addresses[0]:
             tensors = [t for owned in self._owned() for t in owned.values() if t is not None]
-            self._addresses = (self._weights_version, tuple([t.data_ptr() for t in tensors]))
+            self._addresses = (self.weights_version, tuple([t.data_ptr() for t in tensors]))
         return self._addresses
 
     def _owned(self) -> list[dict]:

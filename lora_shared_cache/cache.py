@@ -691,6 +691,7 @@ class SharedLoRACache(SharedCacheBase):
             same = self._policy is not None and (agent, self._watched(agent)) == self._last_agent
             if same and as_before and attachment.unchanged(self._last_state):
                 return agent
+        self._graphs.start_turn()
         attachment.refresh()
         agent = attachment.agent()
         contents = self._read_contents(attachment, agent)
@@ -1137,6 +1138,7 @@ class SharedLoRACache(SharedCacheBase):
         finally:
             self._in_prompt, self._prompt_length, self._limit, self._new_turn = False, 0, None, False
             self._prompt_invocations = None
+            self._graphs.end_turn()
             if self._recording:
                 self._recording = False
                 self._trim(self._mark)

@@ -4,9 +4,9 @@ One graph per set of active adapters and batch size, captured at the second step
 host knows: the new token's place is counted on the device, K/V and low-rank entries are written there, and the attention
 kernel reads the length where it is (``forward.Slot``). Passes of some new tokens (a cue, a short observation) are bound by
 launches as well; those that come again have graphs of their own, for so many tokens or up to four times as many: what is
-written and computed behind the last token, later ones overwrite. A graph holds addresses only, so before each replay
-everything it was captured for is compared: storage, adapters, weights. What can't be captured runs as before, and the cache
-says why.
+written and computed behind the last token, later ones overwrite. A graph holds addresses only, so everything it was captured
+for is compared at each replay: storage, adapters, weights. In the middle of ``generate`` most of that happens while the device
+works already (``DecodeGraphs.start_ahead``). What can't be captured runs as before, and the cache says why.
 """
 
 from __future__ import annotations
@@ -80,6 +80,11 @@ def forget_graphs(attachment: Attachment) -> None:
             graphs.clear()
 
 
+def _others(kwargs: dict[str, Any]) -> tuple:
+    """The arguments of a decoder that a captured step does not bring itself."""
+    return tuple(sorted((name, value) for name, value in kwargs.items() if name not in _OWN_ARGUMENTS))
+
+
 class CannotCapture(Exception):
     """A step can't be captured; the text says why."""
 
@@ -142,19 +147,51 @@ class _Step:
     first: int = 0
     windows_at: int = -1
 
-    def take_in(self, now: ForwardPass) -> None:
-        """Copy a pass's tokens and positions. Tokens of a block that the pass does not have may be any; positions go on."""
-        size, tokens = self.ids.shape[1], now.ids.shape[1]
-        self.ids[:, :tokens].copy_(now.ids)
-        if now.positions is not None:
-            self.positions[:, :tokens].copy_(now.positions)
+    def has_room(self, stop: int) -> bool:
+        """Whether all buffers have room for the trajectory up to token ``stop``."""
+        window = self.slot.window
+        return stop <= self.slot.capacity and (window is None or stop - self.first <= window.capacity)
+
+    def take_in(self, ids: torch.Tensor, positions: torch.Tensor | None, start: int) -> None:
+        """Copy a pass's tokens and positions, or those that count from ``start``. Tokens of a block that the pass does not have
+        may be any; positions go on."""
+        size, tokens = self.ids.shape[1], ids.shape[1]
+        self.ids[:, :tokens].copy_(ids)
+        if positions is not None:
+            self.positions[:, :tokens].copy_(positions)
             if tokens < size:
                 further = torch.arange(1, size - tokens + 1, device=self.positions.device)
-                self.positions[:, tokens:] = now.positions[:, -1:] + further
+                self.positions[:, tokens:] = positions[:, -1:] + further
         elif size == 1:
-            self.positions.fill_(now.start)
+            self.positions.fill_(start)
         else:
-            torch.arange(now.start, now.start + size, out=self.positions[0])
+            torch.arange(start, start + size, out=self.positions[0])
+
+
+@dataclass(frozen=True, eq=False)
+class _Expected:
+    """The step that follows a captured one in ``generate``, if all stays as it is.
+
+    Attributes:
+        step: the same again.
+        others: the arguments that it was captured with.
+        padded: whether it reads the padding.
+        held: the memory of the adapters' weights, so that a replay reads nothing else even where they have just been moved.
+    """
+
+    step: _Step
+    others: tuple
+    padded: bool
+    held: list[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Ahead:
+    """A step that was replayed before it was checked, at trajectory position ``start``."""
+
+    step: _Step
+    start: int
+    out: Any
 
 
 @dataclass(eq=False)
@@ -177,16 +214,23 @@ class DecodeGraphs:
     _weights: tuple = ()
     _told: set[str] = field(default_factory=set)
     _new_turn: bool = True
+    _expected: _Expected | None = None
+    _ahead: _Ahead | None = None
 
     def __post_init__(self) -> None:
         _all_graphs.add(self)
 
     def start_turn(self) -> None:
-        """Look at everything again that a user may have changed since the last ``generate``."""
-        self._new_turn = True
+        """Look at everything again that a user may have changed: at the start of ``generate``, and where a change has shown."""
+        self._new_turn, self._expected = True, None
+
+    def end_turn(self) -> None:
+        """``generate`` has ended, and nothing is expected."""
+        self._expected = self._ahead = None
 
     def clear(self) -> None:
         """Forget all graphs."""
+        self.end_turn()
         self._steps.clear()
         self._came.clear()
         self._refused.clear()
@@ -195,6 +239,51 @@ class DecodeGraphs:
 
     # ---- one step --------------------------------------------------------------------------------------------------
     # With graphs switched off a step on CUDA runs the same way, only uncaptured: it gives the very same numbers.
+
+    def start_ahead(self, attachment: Attachment, kwargs: dict[str, Any]) -> None:
+        """Replay the step that is expected, before the pass is checked; :meth:`run` then finds its output.
+
+        What has to be asked of adapters, modules and the text takes the host up to a millisecond, for which the device would
+        wait. Within ``generate`` the step after a captured one is the same again, unless somebody has interfered from inside.
+        Then the output is dropped: all that was written lies behind the last token. Whatever a replay must not do to find that
+        out (read memory that is gone, write into another storage) is ruled out here.
+        """
+        self._ahead = None
+        expected, cache = self._expected, self.cache
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if expected is None or not cache._in_prompt or cache._attachment is not attachment:
+            return
+        step, start = expected.step, cache.trajectory_length
+        if (
+            self._device_at != (start, step.first)
+            or step.windows_at != cache._windows_at
+            or not step.has_room(start + 1)
+        ):
+            return
+        if step.allocations != allocations() or step.ran_with != self._weights:
+            return
+        if step.graph is None or attachment.weights_version != self._weights[0]:
+            return
+        if not isinstance(ids, torch.Tensor) or ids.shape != step.ids.shape or kwargs.get("inputs_embeds") is not None:
+            return
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.shape == (len(ids), start + 1)):
+            return
+        positions = kwargs.get("position_ids") if attachment.takes_position_ids else None
+        if positions is not None and not (
+            isinstance(positions, torch.Tensor) and positions.shape == step.positions.shape
+        ):
+            return
+        others = _others(kwargs)
+        plain = all(value is None or isinstance(value, bool | int | float | str) for _, value in others)
+        if not plain or others != expected.others or expected.padded != (cache._trajectory.attention_mask is not None):
+            return
+        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._device_at = None  # unknown, until the step is committed
+        if expected.padded:
+            self._write_padding(start, mask, ids)
+        step.take_in(ids, positions, start)
+        self._ahead = _Ahead(step, start, step.graph.replay())
 
     def run(self, now: ForwardPass, kwargs: dict[str, Any]) -> Any:
         """The decoder's output for a decode step or a block (``now.block``), or None: run it as any other pass."""
@@ -268,17 +357,15 @@ class DecodeGraphs:
         return in_place and now.stop <= step.slot.capacity
 
     def _key(self, now: ForwardPass, kwargs: dict[str, Any], block: int) -> tuple:
-        others = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         return (
             now.agent, now.ids.shape[0], 1 if now.positions is None else now.positions.shape[0], self._padded(now),
-            tuple(entry for entry, _ in now.writers), tuple(now.readers), tuple(sorted(others.items())), block,
+            tuple(entry for entry, _ in now.writers), tuple(now.readers), _others(kwargs), block,
         )  # fmt: skip
 
     def _padded(self, now: ForwardPass) -> bool:
         return now.padded or self.cache._trajectory.attention_mask is not None
 
     def _step(self, now: ForwardPass, kwargs: dict[str, Any]) -> Any:
-        others = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         padded = self._padded(now)
         size = now.block or 1
         stop = now.start + size
@@ -288,20 +375,29 @@ class DecodeGraphs:
         if key in self._refused:
             raise CannotCapture(self._refused[key])
         step = self._steps.get(key)
-        if padded:
-            self._write_padding(now)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and (ahead.step is not step or ahead.start != now.start):
+            ahead = None
+        if padded and ahead is None:
+            self._write_padding(now.start, now.attention_mask, now.ids)
         first = self._first_held(now, step)
-        full = step is not None and step.slot.window is not None and stop - first > step.slot.window.capacity
-        if step is None or step.allocations != allocations() or stop > step.slot.capacity or full:
+        if step is not None:
+            step.first, step.windows_at = first, self.cache._windows_at
+        if step is None or step.allocations != allocations() or not step.has_room(stop):
             more = 0 if step is not None or now.block else _FIRST_ROOM
             capacities = self._reserve(now, padded, stop + more), self._reserve_windows(now, first, more)
             if step is None or step.capacities != capacities:
                 step = self._steps[key] = self._new_step(now, capacities, step)
-        step.first, step.windows_at = first, self.cache._windows_at
+                step.first, step.windows_at = first, self.cache._windows_at
         addresses = self._addresses(now, padded) if step.allocations != allocations() else step.fingerprint[0]
         fingerprint = (addresses, self._weights)
-        step.take_in(now)
-        if now.block or self._device_at != (now.start, first):
+        if ahead is not None and not (
+            step is ahead.step and fingerprint == step.fingerprint == (addresses, step.ran_with)
+        ):
+            ahead = None
+        if ahead is None:
+            step.take_in(now.ids, now.positions, now.start)
+        if now.block or (ahead is None and self._device_at != (now.start, first)):
             assert self._state is not None
             for place, number in zip(
                 self._state, (now.start, stop, now.start - first, stop - first, first), strict=True
@@ -309,7 +405,7 @@ class DecodeGraphs:
                 place.fill_(number)
         self._device_at = None  # unknown, should anything go wrong from here on
         arguments = dict(
-            others, input_ids=step.ids, past_key_values=self.cache,
+            _others(kwargs), input_ids=step.ids, past_key_values=self.cache,
             attention_mask=self._padding_mask(step.slot.capacity) if padded else None,
         )  # fmt: skip
         if now.attachment.takes_position_ids:
@@ -328,12 +424,15 @@ class DecodeGraphs:
         else:
             if step.graph is None or fingerprint != step.fingerprint:
                 self._capture(key, step, whole, arguments)
-            out = step.graph.replay()
+            out = step.graph.replay() if ahead is None else ahead.out
             step.served += 1
         now.rope_lengths.update(dict.fromkeys(step.rope_keys, now.stop))
         step.fingerprint, step.allocations = fingerprint, allocations()
         if not now.block:
             self._device_at = (now.stop, first)
+            if self.cache._in_prompt and (self._expected is None or self._expected.step is not step):
+                held = now.attachment.memory_of(self.cache._watched(now.agent))
+                self._expected = _Expected(step, _others(kwargs), padded, held)
         return self._fresh(key, out, now.stop - now.start)
 
     def _products(self, key: tuple, attachment: Attachment) -> DownProducts:
@@ -494,10 +593,9 @@ class DecodeGraphs:
     def _addresses(self, now: ForwardPass, padded: bool) -> tuple:
         return tuple((b.data.data_ptr(), b.data.shape) for b in self._buffers(now, padded) if b.data is not None)
 
-    def _write_padding(self, now: ForwardPass) -> None:
-        mask = now.attention_mask
-        new = mask[:, now.start : now.stop] if mask is not None else torch.ones_like(now.ids)
-        self.cache._trajectory.write_padding(now.start, new.bool())
+    def _write_padding(self, start: int, mask: torch.Tensor | None, ids: torch.Tensor) -> None:
+        new = mask[:, start : start + ids.shape[1]] if mask is not None else torch.ones_like(ids)
+        self.cache._trajectory.write_padding(start, new.bool())
 
     def _padding_mask(self, capacity: int) -> torch.Tensor:
         return self.cache._trajectory.padding_buffer.view(capacity)

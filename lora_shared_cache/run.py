@@ -90,11 +90,12 @@ def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str
         return call_original(attachment.decoder, **kwargs)
     with cache._exclusive():
         try:
-            now, kwargs = begin(attachment, cache, kwargs)
             try:
                 attachment.enter(cache)
                 # What is cached carries no gradient; a gradient through the rest alone would be silently wrong.
                 with torch.no_grad():
+                    cache._graphs.start_ahead(attachment, kwargs)
+                    now, kwargs = begin(attachment, cache, kwargs)
                     now.block = cache._graphs.block_of(now, kwargs)
                     in_steps = not now.block and cache._graphs.takes_in_steps(now, kwargs)
                     out = _run_in_steps(now, kwargs) if in_steps else _run(now, kwargs)

@@ -1,13 +1,15 @@
 """What a pass asks of the host: few Python calls per layer, and PEFT's own forward wherever somebody may want to see it."""
 
+import json
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lora_shared_cache import SharedLoRACache, attach, layer_pass
+from lora_shared_cache import SharedLoRACache, attach, graphs, layer_pass
 from tests.tiny import agents_model, logits, tokens
 
 # Of functions of this package in one attention layer; measured 96 (Python 3.11). Time can't be tested, this can.
@@ -68,3 +70,16 @@ def test_another_module_in_the_place_of_a_lora_a_is_called():
     with torch.no_grad():
         container["plan"].weight *= 2
     torch.testing.assert_close(logits(model, tokens(4), SharedLoRACache()), doubled, rtol=1e-4, atol=1e-5)
+
+
+def test_the_benchmark_of_the_hosts_part(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples/benchmarks")
+    import host_step
+
+    for owner, name in ((graphs, "CudaGraph"), (graphs.DecodeGraphs, "_why_not_on_this_device")):
+        monkeypatch.setattr(owner, name, owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name))
+    rows = host_step.main(["--tokens", "6", "--turns", "1", "--out", str(tmp_path / "rows.json")])
+    variants = [row["variant"] for row in rows]
+    assert variants[0] == "transformers" and len(variants) == 1 + 2 * 3
+    assert all(row["before_ms"] > 0 and row["after_ms"] > 0 for row in rows)
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows

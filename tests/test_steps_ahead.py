@@ -1,0 +1,209 @@
+"""Captured steps that are replayed before they are checked: whatever happens inside of ``generate``, the text is the same.
+
+Somebody interferes from inside (a stopping criterion is called after each token); the cache without graphs shows what then
+is right, tokens or an error.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from lora_shared_cache import SharedLoRACache, graphs
+
+from .test_decode_graphs import both, device, generate, model_on, prompt, turns  # noqa: F401
+from .tiny import fill_adapter, tiny_ministral, with_adapters
+
+pytestmark = pytest.mark.integration
+
+
+class Interference(StoppingCriteria):
+    """Calls something after the n-th token of a ``generate`` call, and once more after the next."""
+
+    def __init__(self, act, at: int, undo=lambda: None):
+        self.act, self.undo, self.at, self.tokens = act, undo, at, 0
+
+    def __call__(self, input_ids, scores, **options):
+        self.tokens += 1
+        if self.tokens == self.at:
+            self.act()
+        if self.tokens == self.at + 2:
+            self.undo()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """For each step that was replayed ahead, whether it was used."""
+    used, outputs = [], []
+    start, fresh = graphs.DecodeGraphs.start_ahead, graphs.DecodeGraphs._fresh
+
+    def start_ahead(self, *args):
+        start(self, *args)
+        if self._ahead is not None:
+            used.append(False)
+            outputs.append(self._ahead.out)
+
+    def take(self, key, out, tokens):
+        if outputs and out is outputs[-1] and not used[-1]:
+            used[-1] = True
+        return fresh(self, key, out, tokens)
+
+    monkeypatch.setattr(graphs.DecodeGraphs, "start_ahead", start_ahead)
+    monkeypatch.setattr(graphs.DecodeGraphs, "_fresh", take)
+    return used
+
+
+@pytest.mark.parametrize("rows, padded", [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize("build", [None, tiny_ministral])
+def test_most_steps_are_replayed_ahead(device, ahead, rows, padded, build):  # noqa: F811
+    model = model_on(device) if build is None else model_on(device, build)
+    ids = prompt(device, rows=rows)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :4] = 0
+
+    def run(cache):
+        text, seen = ids, mask
+        for agent in ("plan", "act", "plan"):
+            model.set_adapter(agent)
+            text = generate(model, text, cache, new=12, attention_mask=seen)
+            seen = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
+        return text
+
+    captured, eager = both(sharing="lr_precomputed", max_cache_len=100)
+    expected = run(eager)
+    assert not ahead
+    assert torch.equal(run(captured), expected)
+    # An agent's first step runs, its second is captured. In later turns the prompt's pass is a step as well: one new token.
+    # Once the window's layers let go of tokens, after which their first one has to be asked for.
+    assert all(ahead) and len(ahead) == (11 - 2) + (12 - 2) + (12 - 1) - (build is not None)
+
+
+def test_nothing_is_replayed_ahead_outside_of_generate(device, ahead):  # noqa: F811
+    """There anything may have happened between two calls."""
+    model = model_on(device)
+    cache = SharedLoRACache(max_cache_len=100)
+    ids = prompt(device)
+    with torch.no_grad():
+        for start, stop in ((0, 4), *((n, n + 1) for n in range(4, 9))):
+            model(input_ids=ids[:, start:stop], past_key_values=cache)
+    assert graphs.CudaGraph.replays == 4 and not ahead
+    ids = generate(model, ids, cache, new=6)
+    assert ahead and all(ahead)
+    before = len(ahead)
+    with torch.no_grad():
+        model(input_ids=ids[:, -1:], past_key_values=cache)
+    assert len(ahead) == before and cache._graphs._expected is None
+
+
+def scale(model, factor, name="plan"):
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if f".{name}." in path and "lora_B" in path:
+                parameter.mul_(factor)
+
+
+def move(model):
+    """The same weights at other addresses, and nothing that could be read where they were."""
+    for path, parameter in model.named_parameters():
+        if ".plan." in path:
+            old = parameter.data
+            parameter.data = old.clone()
+            old.fill_(float("nan"))
+
+
+def interferences(model):
+    o_proj = model.get_base_model().model.layers[1].self_attn.o_proj
+    hooks = []
+    return {
+        "another adapter": (lambda: model.set_adapter("act"), lambda: model.set_adapter("plan")),
+        "no adapter": (model.base_model.disable_adapter_layers, model.base_model.enable_adapter_layers),
+        "changed in place": (lambda: scale(model, 1.5), lambda: None),
+        "changed and back": (lambda: scale(model, 2.0), lambda: scale(model, 0.5)),
+        "scaling": (lambda: o_proj.scaling.update(plan=3.0), lambda: o_proj.scaling.update(plan=1.0)),
+        "moved": (lambda: move(model), lambda: None),
+        "hook": (
+            lambda: hooks.append(o_proj.register_forward_hook(lambda module, args, out: 2 * out)),
+            lambda: hooks.pop().remove(),
+        ),
+        "training": (model.train, model.eval),
+        "merged": (lambda: model.merge_adapter(["plan"]), model.unmerge_adapter),
+        "newcomer": (lambda: model.add_adapter("new", model.peft_config["plan"]), lambda: None),
+        "deleted": (lambda: model.delete_adapter("reflect"), lambda: None),
+    }
+
+
+KINDS = (
+    "another adapter", "no adapter", "changed in place", "changed and back", "scaling", "moved", "hook", "training", "merged",
+    "newcomer", "deleted",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("sharing", ["lr_precomputed", "base_shared"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_interference(device, ahead, kind, sharing):  # noqa: F811
+    def run(cache):
+        torch.manual_seed(1)
+        model = model_on(device)
+        text = turns(model, cache, prompt(device), ["plan", "act", "plan"], new=8)
+        act, undo = interferences(model)[kind]
+        stop = Interference(act, 5, undo)
+        try:
+            text = generate(model, text, cache, new=12, stopping_criteria=StoppingCriteriaList([stop]))
+            error = None
+        except ValueError as refused:
+            error = f"{type(refused).__name__}: {refused}"
+        if stop.tokens == 5:
+            undo()
+        state = cache.trajectory_length, cache.coverage()
+        if error is None:
+            assert torch.equal(cache.token_ids, text[:, :-1])
+        # It goes on from where it is, with the device's own count of tokens.
+        text = torch.cat((cache.token_ids, prompt(device, n=2, seed=3)), dim=1)
+        return error, state, turns(model, cache, text, ["plan", "act"], new=8), text
+
+    captured, eager = both(sharing=sharing, max_cache_len=150)
+    expected = run(eager)
+    assert not ahead
+    found = run(captured)
+    assert found[:2] == expected[:2]
+    assert torch.equal(found[2], expected[2]) and torch.equal(found[3], expected[3])
+    assert ahead.count(False) >= 1, "the step after the interference was replayed, and not used"
+
+
+def test_memory_of_weights_that_moved_is_kept_during_generate(device):  # noqa: F811
+    model = model_on(device)
+    cache = SharedLoRACache(max_cache_len=100)
+    text = turns(model, cache, prompt(device), ["plan"])
+    weight = model.get_base_model().model.layers[0].self_attn.o_proj.lora_A["plan"].weight
+    held = []
+
+    def look():
+        held.extend(cache._graphs._expected.held)
+
+    generate(model, text, cache, new=8, stopping_criteria=StoppingCriteriaList([Interference(look, 5)]))
+    assert weight.data_ptr() in {memory.data_ptr() for memory in held}
+    assert cache._graphs._expected is None
+
+
+def test_storage_that_another_cache_moves_is_not_written_to(device, ahead):  # noqa: F811
+    """Growing storage, and another cache that grows in the middle of a turn."""
+    model = with_adapters(model_on(device).unload(), ("plan", "act")).to(device)
+    fill_adapter(model, "plan", 3)
+    other = SharedLoRACache(sharing="lr_precomputed")
+
+    def elsewhere():
+        with torch.no_grad():
+            model(input_ids=prompt(device, n=40, seed=7), past_key_values=other)
+
+    def run(cache):
+        other.reset()
+        text = turns(model, cache, prompt(device), ["plan", "act", "plan"], new=8)
+        stop = StoppingCriteriaList([Interference(elsewhere, 4, elsewhere)])
+        return generate(model, text, cache, new=30, stopping_criteria=stop)
+
+    captured, eager = both(sharing="lr_precomputed")
+    expected = run(eager)
+    assert torch.equal(run(captured), expected) and any(ahead)
