@@ -171,6 +171,9 @@ def test_interference(device, ahead, kind, sharing):  # noqa: F811
     assert found[:2] == expected[:2]
     assert torch.equal(found[2], expected[2]) and torch.equal(found[3], expected[3])
     assert ahead.count(False) >= 1, "the step after the interference was replayed, and not used"
+    if kind == "moved":
+        # One capture an agent, and again where the weights are now: a graph would read where they were.
+        assert graphs.CudaGraph.captures > 2
 
 
 def test_memory_of_weights_that_moved_is_kept_during_generate(device):  # noqa: F811
