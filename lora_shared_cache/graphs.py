@@ -168,6 +168,16 @@ class _Step:
             torch.arange(start, start + size, out=self.positions[0])
 
 
+@dataclass
+class _Came:
+    """How often a block came to the storage that was found with so many ``buffers.allocations()``."""
+
+    allocations: int
+    addresses: tuple
+    capacity: int
+    times: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class _Expected:
     """The step that follows a captured one in ``generate``, if all stays as it is.
@@ -206,7 +216,7 @@ class DecodeGraphs:
     enabled: bool = True
     eager_reason: str | None = None
     _steps: dict[tuple, _Step] = field(default_factory=dict)
-    _came: dict[tuple, tuple[tuple, int]] = field(default_factory=dict)
+    _came: dict[tuple, _Came] = field(default_factory=dict)
     _refused: dict[tuple, str] = field(default_factory=dict)
     _state: torch.Tensor | None = None
     _device_at: tuple[int, int] | None = None
@@ -323,17 +333,20 @@ class DecodeGraphs:
         except CannotCapture:
             return 0
         size = next(size for size in BLOCKS if size >= tokens)
-        buffers = self._buffers(now, False)
-        if not buffers or now.start + size > min(buffer.capacity for buffer in buffers):
-            return 0  # storage does not grow for what no token fills
         key = self._key(now, kwargs, size)
         if key in self._refused:
             return 0
-        addresses = self._addresses(now, False)
-        before, times = self._came.get(key, ((), 0))
-        times = times + 1 if before == addresses else 1
-        self._came[key] = addresses, times
-        return size if times >= (_SHORT_BLOCK_COMES if self.takes_in_steps(now, kwargs) else _BLOCK_COMES) else 0
+        came = self._came.get(key)
+        if came is None or came.allocations != allocations():
+            addresses, before = self._addresses(now, False), came
+            capacity = min((buffer.capacity for buffer in self._buffers(now, False)), default=0)
+            came = self._came[key] = _Came(allocations(), addresses, capacity)
+            if before is not None and before.addresses == addresses:
+                came.times = before.times
+        if now.start + size > came.capacity:
+            return 0  # storage does not grow for what no token fills
+        came.times += 1
+        return size if came.times >= (_SHORT_BLOCK_COMES if self.takes_in_steps(now, kwargs) else _BLOCK_COMES) else 0
 
     def takes_in_steps(self, now: ForwardPass, kwargs: dict[str, Any]) -> bool:
         """Whether a pass of a few new tokens (a cue between two turns, say) is faster as so many captured steps.
