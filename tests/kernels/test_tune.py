@@ -15,6 +15,12 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 NEVER = 1 << 30
 
 
+def forget(tuning) -> None:
+    """What was read from a file for a device is read again."""
+    for kernel in ("decode", "scores", "extend", "expand", "dense"):
+        getattr(tuning, f"{kernel}_config").cache_clear()
+
+
 @pytest.mark.parametrize("ahead_is_faster", [True, False])
 def test_writes_a_configuration_that_is_read(tmp_path, monkeypatch, ahead_is_faster):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -50,14 +56,7 @@ def test_writes_a_configuration_that_is_read(tmp_path, monkeypatch, ahead_is_fas
     written = json.loads((tmp_path / "some_gpu_1.json").read_text())
     monkeypatch.setattr(tuning, "_config", lambda index: written)
     cuda = torch.device("cuda", 0)
-    for function in (
-        tuning.decode_config,
-        tuning.scores_config,
-        tuning.extend_config,
-        tuning.expand_config,
-        tuning.dense_config,
-    ):
-        function.cache_clear()
+    forget(tuning)
     try:
         for dtype in (torch.bfloat16, torch.float32):
             for D in (64, 80, 128, 256):
@@ -84,11 +83,4 @@ def test_writes_a_configuration_that_is_read(tmp_path, monkeypatch, ahead_is_fas
         changed = {key for key in kept if kept[key] != new[key]}
         assert changed and all(key[1:] == ("16-bit", "128") for key in changed) and kept.keys() == new.keys()
     finally:
-        for function in (
-            tuning.decode_config,
-            tuning.scores_config,
-            tuning.extend_config,
-            tuning.expand_config,
-            tuning.dense_config,
-        ):
-            function.cache_clear()
+        forget(tuning)
