@@ -25,8 +25,14 @@ _allocations = 0
 
 
 def allocations() -> int:
-    """How often any buffer's storage was replaced: while it stays the same, so do the addresses of all buffers."""
+    """How often any buffer's storage was replaced or given up: while it stays the same, so do the addresses of all buffers."""
     return _allocations
+
+
+def note_release() -> None:
+    """Buffers are given up, with their storage."""
+    global _allocations
+    _allocations += 1
 
 
 def with_slack(needed: int, at_least: int = MIN_SLACK) -> int:

@@ -19,7 +19,7 @@ from . import adapters as peft_adapters
 from .adapters import BASE_MODEL, Agent, agent_name, agent_of_rows, names_in, rows_of
 from .attach import attach_and_try, attach_untried, attachment_of
 from .attachment import AdapterWatch, Attachment
-from .buffers import TokenBuffer, WindowBuffer, window_and_margin
+from .buffers import TokenBuffer, WindowBuffer, note_release, window_and_margin
 from .errors import SharedCacheError, UnsupportedAdapterError, UnsupportedModelError
 from .forward import NORMS, ForwardPass
 from .graphs import DecodeGraphs
@@ -383,6 +383,7 @@ class SharedLoRACache(SharedCacheBase):
         self._not_while_running("reorder_cache")
         with self._all_or_nothing():
             self._select_rows(beam_idx)
+            self._trajectory.forget_padding_if_none()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the batch rows ``indices``, of all agents.
@@ -687,7 +688,8 @@ class SharedLoRACache(SharedCacheBase):
         peft_adapters.check_not_merged(attachment.lora_layers)
         if attachment.decoder.training:
             peft_adapters.check_no_dropout(attachment.lora_layers, agent)
-        if self._in_prompt or (not whole and self.trajectory_length):
+        # Of an empty cache `generate` has not asked anything yet.
+        if self.trajectory_length and (self._in_prompt or not whole):
             same = self._policy is not None and (agent, self._watched(agent)) == self._last_agent
             if same and as_before and attachment.unchanged(self._last_state):
                 return agent
@@ -783,6 +785,7 @@ class SharedLoRACache(SharedCacheBase):
             layer.release_expanded()
 
     def _drop_keys(self, keys: Iterable[EntryKey]) -> None:
+        note_release()
         for key in keys:
             self._coverage.pop(key, None)
             self._invoked.pop(key, None)
@@ -998,6 +1001,10 @@ class SharedLoRACache(SharedCacheBase):
             layer.tails = {key: tail for key, tail in layer.tails.items() if self._coverage.get(key, length) < length}
             if length == 0:
                 layer.reset()
+        if length == 0:
+            # The next text may have other rows.
+            self._agents.clear()
+            self._drop_keys(list(self._coverage))
         self._trim(self._mark)
 
     # ---- sliding layers --------------------------------------------------------------------------------------------

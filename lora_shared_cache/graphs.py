@@ -355,8 +355,10 @@ class DecodeGraphs:
         """
         if not self.enabled or not 1 < now.stop - now.start <= MAX_STEPS_OF_A_PASS:
             return False
-        if now.start != now.previous or now.blind or now.zeros_from:
+        if not 0 < now.previous == now.start or now.blind or now.zeros_from:
             return False
+        if now.padded and self.cache._trajectory.attention_mask is None:
+            return False  # the first padding of the text
         if any(length != now.start for length in self.cache._rope_length.values()):
             return False
         try:

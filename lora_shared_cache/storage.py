@@ -15,7 +15,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from .buffers import TokenBuffer, WindowBuffer
+from .buffers import TokenBuffer, WindowBuffer, note_release
 from .policies import EntryKey
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class SharedLoRALayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
+        note_release()
         self.base_keys = self._buffer()
         self.base_values = self._buffer()
         self.base_rms = self._buffer()

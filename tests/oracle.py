@@ -55,13 +55,18 @@ class LlamaOracle:
         self.entries: dict[object, list[dict[str, list[dict[str, torch.Tensor]]]]] = {}
         # Per agent, private layer and token: key (after RoPE) and value as this agent computed them.
         self.own: dict[Agent, dict[int, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+        # In a turn of rows with adapters of their own: what names the entries that such a batch has for itself.
+        self._batch: object = None
 
     # ---- who writes and reads what: the definitions of the policies ----
 
     def _reads(self, agent: Agent) -> object:
-        return "*" if self.sharing == "base_lr_shared" else agent
+        if self.sharing == "base_lr_shared":
+            return "*"
+        return agent if self._batch is None else self._batch
 
     def _entry_length(self, key: object) -> int:
+        """Leading tokens that have entries of this key."""
         return len(self.entries[key][0]["k_proj"]) if key in self.entries else 0
 
     def coverage(self, agent: Agent) -> int:
@@ -78,7 +83,7 @@ class LlamaOracle:
             return [("*", self.names)]
         if self.sharing == "lr_precomputed":
             return [((name,), [name]) for name in self.names]
-        return [(agent, list(agent))] if agent else []
+        return [(self._reads(agent), list(agent))] if agent or self._batch is not None else []
 
     def crop(self, n: int) -> None:
         keep = len(self.ids) - n
@@ -111,14 +116,26 @@ class LlamaOracle:
 
     # ---- the model ----
 
+    def turn_in_batch(self, agent: Agent, ids: list[int], start: int, batch: object) -> torch.Tensor:
+        """:meth:`turn` of one row, in which the batch as a whole runs tokens ``start ...``.
+
+        Args:
+            batch: what names the entries of this assignment of adapters to rows; None: all rows have the same adapter.
+        """
+        self._batch = batch
+        try:
+            return self.turn(agent, ids, start)
+        finally:
+            self._batch = None
+
     @torch.no_grad()
-    def turn(self, agent: Agent, ids: list[int]) -> torch.Tensor:
+    def turn(self, agent: Agent, ids: list[int], start: int | None = None) -> torch.Tensor:
         """Give an agent the whole trajectory: logits (n, vocabulary) of the n tokens that it has to run.
 
-        Those are the tokens it does not cover, and at least the last one.
+        Those are the tokens it does not cover, and at least the last one; or those from ``start`` on.
         """
         assert ids[: len(self.ids)] == self.ids
-        start = min(self.coverage(agent), len(ids) - 1)
+        start = min(self.coverage(agent), len(ids) - 1) if start is None else start
         lengths = {key: self._entry_length(key) for key in self.entries}
         self.ids = list(ids)
         writes = [

@@ -533,3 +533,26 @@ def test_single_tokens_on_an_emptied_cache_are_written_for_known_content(empties
     assert cache.coverage()[last] == 1
     fill_adapter(model, last, seed=92)
     assert cache.coverage()[last] == 0  # what was written belongs to weights that are gone
+
+
+def test_generate_on_an_emptied_cache_writes_for_known_content():
+    """Weights that were changed while it was empty, and changed back after it: what was written in between is not theirs."""
+    model = with_adapters(tiny_llama(), NAMES)
+    cache, ids = SharedLoRACache(sharing="lr_precomputed"), tokens(6)
+    first, last = NAMES[0], NAMES[-1]
+    model.set_adapter(first)
+
+    def write():
+        return model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+    write()
+    cache.crop(-cache.trajectory_length)
+    before = {path: parameter.clone() for path, parameter in model.named_parameters() if f".{last}." in path}
+    fill_adapter(model, last, seed=91)
+    text = write()
+    assert cache.coverage()[last] == cache.trajectory_length == 7
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path in before:
+                parameter.copy_(before[path])
+    assert cache.coverage()[last] == 0

@@ -383,6 +383,24 @@ def test_four_rows_with_left_padding(device, sharing):
     assert len({tuple(row) for row in expected[:, 12:].tolist()}) == 4
 
 
+def test_a_short_padded_prompt_on_a_cache_that_was_emptied(device):
+    """Steps that were captured for another padded text are no steps of one that begins."""
+    model = model_on(device)
+    ids = prompt(device, rows=3, n=3)
+    mask = torch.ones_like(ids)
+    mask[2, :2] = 0
+
+    def run(cache):
+        text = generate(model, ids, cache, new=5, attention_mask=mask)
+        cache.reset()
+        generate(model, ids[:2], cache, new=5)
+        cache.reset()
+        return torch.cat((text, generate(model, ids, cache, new=5, attention_mask=mask)))
+
+    captured, eager = both(max_cache_len=50)
+    assert torch.equal(run(captured), run(eager)) and captured.eager_reason is None
+
+
 def test_weights_changed_between_turns(device):
     """In place, behind PyTorch's back; what the old weights left is dropped and the step captured again."""
     model = model_on(device)

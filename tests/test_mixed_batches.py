@@ -322,6 +322,28 @@ def test_fused_projections(sharing):
         assert_equal_logits(logits(model, part, cache, adapter_names=names), alone.feed(part))
 
 
+@pytest.mark.parametrize("sharing", POLICIES)
+@pytest.mark.parametrize("empties", ["crop", "reset"])
+def test_another_number_of_rows_after_the_text_is_gone(sharing, empties, storage):
+    """Rows of a text that was cropped away are no rows of the next one."""
+    model = agents_model(sharing)
+    alone = RowsAlone(twin(model), ["plan", "act", "plan"])
+    cache, ids = SharedLoRACache(sharing=sharing), tokens(9, rows=3)
+    logits(model, ids[:2], cache, adapter_names=["plan", "__base__"])
+    cache.crop(-9) if empties == "crop" else cache.reset()
+    assert "[plan, __base__]" not in cache.coverage()
+    logits(model, ids[:, :6], cache, adapter_names=["plan", "act", "act"])
+    cache.reset()
+    chosen = torch.tensor([2, 0, 1])
+    logits(model, ids[:, :6], cache, adapter_names=["plan", "act", "plan"])
+    cache.batch_select_indices(chosen)
+    alone.feed(ids[:, :6])
+    alone.caches = [alone.caches[row] for row in chosen]
+    alone.names = [alone.names[row] for row in chosen]
+    actual = logits(model, ids[chosen, 6:], cache, adapter_names=alone.names)
+    assert_equal_logits(actual, alone.feed(ids[chosen, 6:]))
+
+
 def test_float32_adapters_on_a_narrower_base_round_as_in_peft(storage):
     """In captured steps ``s B a`` is added in float32 and rounded once; the measure is the same weights in float64."""
     names, ids, start = ["plan", "__base__", "act", "plan"], tokens(12, rows=4), 0

@@ -355,7 +355,13 @@ def test_crop_of_padding_is_forgotten():
 
 
 @pytest.mark.parametrize(
-    "drop_padding", [lambda c: c.batch_select_indices(torch.tensor([0])), lambda c: c.crop(-2)], ids=["select", "crop"]
+    "drop_padding",
+    [
+        lambda c: c.batch_select_indices(torch.tensor([0])),
+        lambda c: c.crop(-2),
+        lambda c: c.reorder_cache(torch.tensor([0, 0])),
+    ],
+    ids=["select", "crop", "reorder"],
 )
 def test_padding_that_is_gone_is_no_padding(drop_padding):
     """``generate`` passes no mask of ones to the model, so a cache without padding must not ask for one."""
@@ -366,8 +372,9 @@ def test_padding_that_is_gone_is_no_padding(drop_padding):
     logits(model, ids[:, :6], cache, attention_mask=mask[:, :6])
     drop_padding(cache)
     rows, length = cache.rows, cache.trajectory_length
-    expected = reference(model, ids[:rows])[:, length:]
-    assert_equal_logits(logits(model, ids[:rows, length:], cache), expected)
+    ids = torch.cat((cache.token_ids, ids[:rows, length:]), dim=1)
+    expected = reference(model, ids)[:, length:]
+    assert_equal_logits(logits(model, ids[:, length:], cache), expected)
 
 
 @pytest.mark.parametrize("sharing", ["base_shared", "lr_precomputed"])
