@@ -549,7 +549,7 @@ def test_generate_on_an_emptied_cache_writes_for_known_content():
     cache.crop(-cache.trajectory_length)
     before = {path: parameter.clone() for path, parameter in model.named_parameters() if f".{last}." in path}
     fill_adapter(model, last, seed=91)
-    text = write()
+    write()
     assert cache.coverage()[last] == cache.trajectory_length == 7
     with torch.no_grad():
         for path, parameter in model.named_parameters():

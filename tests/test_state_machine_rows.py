@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lora_shared_cache import SharedLoRACache, graphs
+from lora_shared_cache import SharedCacheError, SharedLoRACache, buffers, graphs
+from lora_shared_cache.adapters import agent_of_rows
+from lora_shared_cache.policies import SHARED_ENTRY
 
 from .conftest import emulate_graphs
 from .oracle import LlamaOracle
@@ -27,6 +29,7 @@ from .tiny import (
     lora_layers,
     share_a,
     tiny_llama,
+    tiny_ministral,
     with_adapters,
 )
 
@@ -49,6 +52,8 @@ def some_rows(least: int = 1):
 class BatchLoop(RuleBasedStateMachine):
     sharing = "base_shared"
     captured = False
+    window = None
+    keep_all = False
 
     def __init__(self):
         super().__init__()
@@ -58,9 +63,13 @@ class BatchLoop(RuleBasedStateMachine):
             self.patches.setattr(graphs, "_BLOCK_COMES", 1)
             self.patches.setattr(graphs, "_SHORT_BLOCK_COMES", 1)
             self.patches.setattr(graphs, "BLOCKS", (3, 7))
-        self.model = with_adapters(tiny_llama(num_hidden_layers=2), NAMES)
+        if self.window is None:
+            self.model = with_adapters(tiny_llama(num_hidden_layers=2), NAMES)
+        else:
+            self.patches.setattr(buffers, "MIN_MARGIN", 2)
+            self.model = with_adapters(tiny_ministral(num_hidden_layers=2, sliding_window=self.window), NAMES)
         share_a(self.model, NAMES)
-        self.cache = SharedLoRACache(sharing=self.sharing)
+        self.cache = SharedLoRACache(sharing=self.sharing, keep_all_tokens=self.keep_all)
         self.changes, self.seed = 0, 0
         self.forget()
 
@@ -207,7 +216,12 @@ class BatchLoop(RuleBasedStateMachine):
     def crop(self, n):
         # Each row keeps a token, or nothing is kept.
         n = self.length if self.length - n <= max(self.pads) else n
-        self.cache.crop(-n)
+        try:
+            self.cache.crop(-n)
+        except SharedCacheError:
+            # Sliding layers do not hold what comes before; nothing has changed, as the invariant sees.
+            assert self.window is not None and not self.keep_all and 0 < n < self.length
+            return
         self.cut(self.length - n)
 
     def cut(self, length: int) -> None:
@@ -219,6 +233,12 @@ class BatchLoop(RuleBasedStateMachine):
         self.ids = self.ids[:, :length]
         self.covered = {key: min(tokens, length) for key, tokens in self.covered.items()}
         self.first = {name: first for name, first in self.first.items() if first < length}
+        if self.window is not None and not self.keep_all:
+            # Entries that went on where sliding layers no longer hold what is before are dropped.
+            for key in [key for key in self.covered if self.cache._coverage.get(self.place_in_cache(key), 0) == 0]:
+                del self.covered[key]
+                for oracle in self.rows:
+                    oracle.entries.pop(self.place(key), None)
 
     @rule()
     def reset(self):
@@ -280,6 +300,13 @@ class BatchLoop(RuleBasedStateMachine):
         """The name that the oracle has for an entry."""
         return "*" if key == ("*",) else key
 
+    @staticmethod
+    def place_in_cache(key: object) -> object:
+        """The name that the cache has for an entry."""
+        if key == ("*",):
+            return SHARED_ENTRY
+        return agent_of_rows(list(key[1:])) if key[0] == "rows" else key
+
     # ---- adapters ----
 
     @precondition(lambda self: self.changes < 2)
@@ -297,6 +324,8 @@ class BatchLoop(RuleBasedStateMachine):
         self.cache.coverage()
         self.drop(name)
         first = min(self.first.pop(name, self.length), self.length)
+        if self.cache.trajectory_length == 0 and self.window is not None:
+            first = 0  # sliding layers no longer hold what is before it
         # A row that is padding only is not modelled.
         if 0 < first <= max(self.pads):
             self.cache.reset()
@@ -335,15 +364,16 @@ class BatchLoop(RuleBasedStateMachine):
         assert found[BASE] == self.length
 
 
-def machine(sharing: str, captured: bool = False):
+def machine(sharing: str, captured: bool = False, window: int | None = None, keep_all: bool = False):
     class Machine(BatchLoop):
         pass
 
-    Machine.sharing, Machine.captured = sharing, captured
-    Machine.__name__ = Machine.__qualname__ = f"BatchLoop_{sharing}{'_captured' if captured else ''}"
+    Machine.sharing, Machine.captured, Machine.window, Machine.keep_all = sharing, captured, window, keep_all
+    kind = f"{sharing}{'_captured' if captured else ''}{'_window' if window else ''}{'_all' if keep_all else ''}"
+    Machine.__name__ = Machine.__qualname__ = f"BatchLoop_{kind}"
     case = Machine.TestCase
     case.settings = settings(
-        max_examples=12, stateful_step_count=18, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=8, stateful_step_count=18, deadline=None, suppress_health_check=list(HealthCheck)
     )
     case.pytestmark = pytestmark
     return case
@@ -355,3 +385,7 @@ TestBaseLrShared = machine("base_lr_shared")
 TestBaseSharedCaptured = machine("base_shared", captured=True)
 TestLrPrecomputedCaptured = machine("lr_precomputed", captured=True)
 TestBaseLrSharedCaptured = machine("base_lr_shared", captured=True)
+TestBaseSharedWindow = machine("base_shared", window=3)
+TestLrPrecomputedWindow = machine("lr_precomputed", window=4)
+TestLrPrecomputedWindowCaptured = machine("lr_precomputed", captured=True, window=3)
+TestBaseLrSharedWindowAll = machine("base_lr_shared", window=2, keep_all=True)
