@@ -78,7 +78,7 @@ def test_the_benchmark_of_the_hosts_part(monkeypatch, tmp_path):
 
     for owner, name in ((graphs, "CudaGraph"), (graphs.DecodeGraphs, "_why_not_on_this_device")):
         monkeypatch.setattr(owner, name, owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name))
-    rows = host_step.main(["--tokens", "6", "--turns", "1", "--out", str(tmp_path / "rows.json")])
+    rows = host_step.main(["--tokens", "6", "--turns", "1", "--rounds", "1", "--out", str(tmp_path / "rows.json")])
     variants = [row["variant"] for row in rows]
     assert variants[0] == "transformers" and len(variants) == 1 + 2 * 3
     assert all(row["before_ms"] > 0 and row["after_ms"] > 0 for row in rows)

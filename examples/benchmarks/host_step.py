@@ -7,8 +7,9 @@ their checks. One thread of a CPU; the kernels' launches and PyTorch's own on a 
 
     PYTHONPATH=.:kernels python examples/benchmarks/host_step.py --out docs/benchmarks/host_step.json
 
-Fields of a row (ms, medians over all tokens but the first two): ``before_ms``: from the end of the last stopping criterion to the
-replay; ``after_ms``: from the replay to the end of the next one.
+Fields of a row (ms, medians over all tokens of a round but the first two of a turn, of these the median of ``--rounds`` of all
+variants in turn): ``before_ms``: from the end of the last stopping criterion to the replay; ``after_ms``: from the replay to the
+end of the next one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCr
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lora_shared_cache import SharedLoRACache, graphs
+from lora_shared_cache import SharedLoRACache, detach, graphs
 
 POLICIES = ("lr_precomputed", "base_lr_shared", "base_shared")
 LAYERS, WIDTH = 32, 64
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=100, help="per turn")
     parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -148,19 +150,32 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     common |= dict(device=f"one thread of a CPU ({platform.machine()})", layers=LAYERS, adapters=len(ADAPTERS))
     length = (len(ADAPTERS) + arguments.turns) * arguments.tokens + 40
     start_ahead = graphs.DecodeGraphs.start_ahead
-    rows = [dict(variant="transformers") | transformers_alone(model, arguments.tokens, arguments.turns, watch)]
+
+    def measure_policy(policy: str, ahead: bool) -> dict[str, float]:
+        if not ahead:
+            graphs.DecodeGraphs.start_ahead = lambda *_: None  # type: ignore[method-assign,assignment]
+        cache = SharedLoRACache(sharing=policy, max_cache_len=length)  # type: ignore[arg-type]
+        try:
+            row = measure(model, cache, arguments.tokens, arguments.turns, watch)
+        finally:
+            graphs.DecodeGraphs.start_ahead = start_ahead  # type: ignore[method-assign]
+        assert cache.eager_reason is None, cache.eager_reason
+        detach(model)
+        return row
+
+    variants: dict[str, Callable[[], dict[str, float]]] = {
+        "transformers": lambda: transformers_alone(model, arguments.tokens, arguments.turns, watch)
+    }
     for policy in POLICIES:
-        for variant in (policy, f"{policy}, checked first"):
-            if variant != policy:
-                graphs.DecodeGraphs.start_ahead = lambda *_: None  # type: ignore[method-assign,assignment]
-            cache = SharedLoRACache(sharing=policy, max_cache_len=length)  # type: ignore[arg-type]
-            try:
-                row = measure(model, cache, arguments.tokens, arguments.turns, watch)
-            finally:
-                graphs.DecodeGraphs.start_ahead = start_ahead  # type: ignore[method-assign]
-            assert cache.eager_reason is None, cache.eager_reason
-            rows.append(dict(variant=variant) | row)
-    rows = [row | common for row in rows]
+        variants[policy] = functools.partial(measure_policy, policy, True)
+        variants[f"{policy}, checked first"] = functools.partial(measure_policy, policy, False)
+    rounds = [{name: run() for name, run in variants.items()} for _ in range(arguments.rounds)]
+    rows = [
+        dict(variant=name)
+        | {field: statistics.median(found[name][field] for found in rounds) for field in ("before_ms", "after_ms")}
+        | common
+        for name in variants
+    ]
     for row in rows:
         print(f"{row['variant']:<32} before the replay {row['before_ms']:.3f} ms, after it {row['after_ms']:.3f} ms")
     if arguments.out:
