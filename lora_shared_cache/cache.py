@@ -785,8 +785,8 @@ class SharedLoRACache(SharedCacheBase):
             layer.release_expanded()
 
     def _drop_keys(self, keys: Iterable[EntryKey]) -> None:
-        note_release()
         for key in keys:
+            note_release()
             self._coverage.pop(key, None)
             self._invoked.pop(key, None)
             for layer in self.layers:

@@ -7,26 +7,14 @@ import re
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lora_shared_cache import SharedCacheError, SharedLoRACache, TrajectoryError, buffers, graphs
+from lora_shared_cache import SharedCacheError, SharedLoRACache, TrajectoryError, buffers
 
-from .conftest import emulate_graphs
 from .oracle import LlamaOracle
-from .tiny import (
-    VOCAB,
-    activate,
-    assert_equal_logits,
-    fill_adapter,
-    logits,
-    lora_layers,
-    share_a,
-    tiny_llama,
-    tiny_ministral,
-    with_adapters,
-)
+from .state_machines import agents_for, case_of, replace_up_projections
+from .tiny import VOCAB, activate, assert_equal_logits, logits
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
 
@@ -47,20 +35,7 @@ class AgentLoop(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.patches = pytest.MonkeyPatch()
-        if self.captured:
-            emulate_graphs(self.patches, graphs)
-            # A block whenever one is possible.
-            self.patches.setattr(graphs, "_BLOCK_COMES", 1)
-            self.patches.setattr(graphs, "_SHORT_BLOCK_COMES", 1)
-            self.patches.setattr(graphs, "BLOCKS", (3, 7))
-        if self.window is None:
-            model = with_adapters(tiny_llama(num_hidden_layers=2), NAMES)
-        else:
-            # As little as possible is kept, so that it is let go of in a short trajectory.
-            self.patches.setattr(buffers, "MIN_MARGIN", 2)
-            model = with_adapters(tiny_ministral(num_hidden_layers=2, sliding_window=self.window), NAMES)
-        share_a(model, NAMES)
-        self.model = model
+        self.model = model = agents_for(NAMES, self.patches, self.captured, self.window)
         self.cache = SharedLoRACache(sharing="auto" if self.auto else self.sharing, private_layers=self.private)
         self.oracle = LlamaOracle(model, self.sharing, NAMES, self.private)
         # First token that each adapter processed, to know what goes when its content changes.
@@ -201,13 +176,7 @@ class AgentLoop(RuleBasedStateMachine):
     def change_content(self, name):
         """B of an adapter is replaced behind everybody's back, as a hot-swap does."""
         self.changes += 1
-        down = {path: m.lora_A[name].weight.clone() for path, m in lora_layers(self.model)}
-        fill_adapter(self.model, name, seed=50 + self.changes)
-        with torch.no_grad():
-            for path, module in lora_layers(self.model):
-                module.lora_A[name].weight.copy_(down[path])
-                for parameter in (module.lora_B[name].weight,):
-                    parameter.data.mul_(1.0)
+        replace_up_projections(self.model, name, 50 + self.changes)
         self.oracle.forget(name)
         first = self.first.pop(name, len(self.oracle.ids))
         self.cache.coverage()
@@ -260,13 +229,7 @@ def machine(sharing, auto=False, private=(), window=None, captured=False):
     Machine.captured = captured
     kind = f"{'auto' if auto else sharing}{'_private' if private else ''}{'_window' if window else ''}"
     kind += "_captured" if captured else ""
-    Machine.__name__ = Machine.__qualname__ = f"AgentLoop_{kind}"
-    case = Machine.TestCase
-    case.settings = settings(
-        max_examples=EXAMPLES, stateful_step_count=18, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    case.pytestmark = pytestmark
-    return case
+    return case_of(Machine, f"AgentLoop_{kind}", EXAMPLES, pytestmark)
 
 
 TestBaseShared = machine("base_shared")

@@ -10,43 +10,27 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lora_shared_cache import SharedCacheError, SharedLoRACache, buffers, graphs
+from lora_shared_cache import SharedCacheError, SharedLoRACache
 from lora_shared_cache.adapters import agent_of_rows
 from lora_shared_cache.policies import SHARED_ENTRY
 
-from .conftest import emulate_graphs
 from .oracle import LlamaOracle
-from .tiny import (
-    VOCAB,
-    activate,
-    assert_equal_logits,
-    fill_adapter,
-    logits,
-    lora_layers,
-    share_a,
-    tiny_llama,
-    tiny_ministral,
-    with_adapters,
-)
+from .state_machines import agents_for, case_of, replace_up_projections
+from .tiny import VOCAB, activate, assert_equal_logits, logits
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
 
 NAMES = ["plan", "act", "reflect"]
 BASE = "__base__"
-LONGEST, MOST_ROWS = 20, 4
+LONGEST, MOST_ROWS, EXAMPLES = 20, 4, 8
 # All rows have the same, or each its own; the latter is as long as the largest batch and cut to the rows that there are.
 agents = st.one_of(
     st.sampled_from([("plan",), ("act",), (), ("act", "plan")]),
     st.lists(st.sampled_from([*NAMES, BASE]), min_size=MOST_ROWS, max_size=MOST_ROWS),
 )
-
-
-def some_rows(least: int = 1):
-    return st.lists(st.integers(0, MOST_ROWS - 1), min_size=least, max_size=3)
 
 
 class BatchLoop(RuleBasedStateMachine):
@@ -58,17 +42,7 @@ class BatchLoop(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.patches = pytest.MonkeyPatch()
-        if self.captured:
-            emulate_graphs(self.patches, graphs)
-            self.patches.setattr(graphs, "_BLOCK_COMES", 1)
-            self.patches.setattr(graphs, "_SHORT_BLOCK_COMES", 1)
-            self.patches.setattr(graphs, "BLOCKS", (3, 7))
-        if self.window is None:
-            self.model = with_adapters(tiny_llama(num_hidden_layers=2), NAMES)
-        else:
-            self.patches.setattr(buffers, "MIN_MARGIN", 2)
-            self.model = with_adapters(tiny_ministral(num_hidden_layers=2, sliding_window=self.window), NAMES)
-        share_a(self.model, NAMES)
+        self.model = agents_for(NAMES, self.patches, self.captured, self.window)
         self.cache = SharedLoRACache(sharing=self.sharing, keep_all_tokens=self.keep_all)
         self.changes, self.seed = 0, 0
         self.forget()
@@ -248,7 +222,10 @@ class BatchLoop(RuleBasedStateMachine):
     # ---- rows ----
 
     @precondition(lambda self: self.length > 0)
-    @rule(chosen=some_rows(), how=st.sampled_from(["select", "reorder"]))
+    @rule(
+        chosen=st.lists(st.integers(0, MOST_ROWS - 1), min_size=1, max_size=3),
+        how=st.sampled_from(["select", "reorder"]),
+    )
     def choose_rows(self, chosen, how):
         chosen = [row % len(self.rows) for row in chosen]
         if how == "reorder":
@@ -314,11 +291,7 @@ class BatchLoop(RuleBasedStateMachine):
     def change_content(self, name):
         """B of an adapter is replaced behind everybody's back, as a hot-swap does."""
         self.changes += 1
-        down = {path: m.lora_A[name].weight.clone() for path, m in lora_layers(self.model)}
-        fill_adapter(self.model, name, seed=50 + self.changes)
-        with torch.no_grad():
-            for path, module in lora_layers(self.model):
-                module.lora_A[name].weight.copy_(down[path])
+        replace_up_projections(self.model, name, 50 + self.changes)
         if not self.length:
             return
         self.cache.coverage()
@@ -370,13 +343,7 @@ def machine(sharing: str, captured: bool = False, window: int | None = None, kee
 
     Machine.sharing, Machine.captured, Machine.window, Machine.keep_all = sharing, captured, window, keep_all
     kind = f"{sharing}{'_captured' if captured else ''}{'_window' if window else ''}{'_all' if keep_all else ''}"
-    Machine.__name__ = Machine.__qualname__ = f"BatchLoop_{kind}"
-    case = Machine.TestCase
-    case.settings = settings(
-        max_examples=8, stateful_step_count=18, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    case.pytestmark = pytestmark
-    return case
+    return case_of(Machine, f"BatchLoop_{kind}", EXAMPLES, pytestmark)
 
 
 TestBaseShared = machine("base_shared")

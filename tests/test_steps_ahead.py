@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 
 class Interference(StoppingCriteria):
-    """Calls something after the n-th token of a ``generate`` call, and once more after the next."""
+    """Calls ``act`` after the n-th token of a ``generate`` call, and ``undo`` two tokens later."""
 
     def __init__(self, act, at: int, undo=lambda: None):
         self.act, self.undo, self.at, self.tokens = act, undo, at, 0

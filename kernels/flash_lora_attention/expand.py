@@ -298,8 +298,8 @@ def _cudnn_folded(query, key, value, num_splits: int, scale: float) -> tuple[tor
     return (out.unsqueeze(1), lse.unsqueeze(1)) if num_splits > 1 else (out.unsqueeze(0), lse.unsqueeze(0))
 
 
-# Floating-point operations of a call from which on cuDNN gains as much in one pass of some 32 layers as its plans take: on an
-# H100 it does 590 TFLOP/s where the kernel for ready-made K and V does 500, and the two plans of a pass take some 120 ms.
+# Floating-point operations of a call from which on cuDNN gains as much in one pass of some 32 layers as its plans take (some
+# 120 ms for two): with 590 TFLOP/s on an H100, and 500 of the kernel for ready-made K and V. The latter is in no committed result.
 _LONG_CALL = 1.2e13
 
 
