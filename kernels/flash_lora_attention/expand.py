@@ -299,7 +299,7 @@ def _cudnn_folded(query, key, value, num_splits: int, scale: float) -> tuple[tor
 
 
 # Floating-point operations of a call from which on cuDNN gains as much in one pass of some 32 layers as its plans take (some
-# 120 ms for two): with 590 TFLOP/s on an H100, and 500 of the kernel for ready-made K and V. The latter is in no committed result.
+# 120 ms for two): with 590 TFLOP/s on an H100, and 500 of the kernel for ready-made K and V, which no committed result shows.
 _LONG_CALL = 1.2e13
 
 
