@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from flash_lora_attention.calls import on_device_of
+
 from .digest import MULTIPLIER
 
 _MULTIPLIER = tl.constexpr(MULTIPLIER)
@@ -29,5 +31,6 @@ def digest_kernel(TABLE, OUT, CHUNK: tl.constexpr):  # type: ignore[no-untyped-d
 def digest_words(table: torch.Tensor, digests: int, chunk: int) -> torch.Tensor:
     """(digests, 2) int64 on the table's device."""
     out = torch.zeros(digests, 2, dtype=torch.int64, device=table.device)
-    digest_kernel[(len(table),)](table, out, CHUNK=chunk)
+    with on_device_of(table):
+        digest_kernel[(len(table),)](table, out, CHUNK=chunk)
     return out

@@ -61,9 +61,9 @@ class ForwardPass:
         attention_mask: (B, m) bool or None, as given.
         padded: whether it holds padding.
         entered_from_inside: the model was attached in the middle of this very pass, so its end is the last layer's.
-        first_ropes: by layer type cos/sin of the pass's tokens as they were when these were run first, (B or 1, n, width).
-        rope_lengths: layer types whose cos/sin were stored in this pass (and ``NORMS``, if those of base keys were), with the
-            tokens that are then known.
+        first_ropes: by :meth:`rope_key` cos/sin of the pass's tokens as they were when these were run first, (B or 1, n, width).
+        rope_lengths: the :meth:`rope_key` of cos/sin that were stored in this pass (and ``NORMS``, if those of base keys were),
+            with the tokens that are then known.
         slot: set in a step whose lengths only the device knows.
         products: set with it, how such a step computes its down-projections.
         lengths: tokens of each entry before the pass.
@@ -173,6 +173,10 @@ class ForwardPass:
         """Make the pass's tokens part of the cache."""
         self.cache._commit(self)
 
+    def rope_key(self, layer: AttentionLayer, device: torch.device) -> str:
+        """Under which name cos/sin of a layer on this device are stored: each device of a spread model has its own."""
+        return layer.rope_key if device == self.ids.device else f"{layer.rope_key} on {device}"
+
     def first_rope(self, layer: AttentionLayer, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The layer's arguments with the cos/sin that tokens had when they were run first, where the model would take others now.
 
@@ -184,7 +188,7 @@ class ForwardPass:
         embeddings = kwargs.get("position_embeddings")
         if not isinstance(embeddings, tuple | list) or len(embeddings) != 2:
             return kwargs
-        key = f"{layer.rope_key}, as the model gives it"
+        key = f"{self.rope_key(layer, embeddings[0].device)}, as the model gives it"
         if key not in self.first_ropes:
             stored = self.start if self.slot is not None else self.cache._rope_length.get(key, 0)
             known = min(stored, self.stop) - self.start
@@ -209,26 +213,23 @@ class ForwardPass:
     def store_rope(self, layer: AttentionLayer, kwargs: dict[str, Any]) -> None:
         """Keep cos/sin of new tokens, once for all layers of one type."""
         layout = layer.layout
-        if layer.rope_key in self.rope_lengths or layout is None or layout.rotary_dim == 0:
-            return
         embeddings = angles_of(kwargs)
-        if embeddings is None:
+        if embeddings is None or layout is None or layout.rotary_dim == 0:
+            return
+        key = self.rope_key(layer, embeddings[0].device)
+        if key in self.rope_lengths:
             return
         if self.slot is not None:
             # Whether there is something to store was decided before; the host's numbers are not for a captured step.
-            self.rope_lengths[layer.rope_key] = self.stop
-            for buffer, angles in zip(
-                self.cache._rope_buffers(layer.rope_key), layout.angles(*embeddings), strict=True
-            ):
+            self.rope_lengths[key] = self.stop
+            for buffer, angles in zip(self.cache._rope_buffers(key), layout.angles(*embeddings), strict=True):
                 buffer.put(self.slot.index, angles)
             return
-        stored = self.cache._rope_length.get(layer.rope_key, 0)
+        stored = self.cache._rope_length.get(key, 0)
         if stored < self.start:
             # Nobody needed them for the tokens before; whoever will runs those tokens, and stores them then.
             return
-        self.rope_lengths[layer.rope_key] = max(stored, self.stop)
+        self.rope_lengths[key] = max(stored, self.stop)
         if stored < self.stop:
-            for buffer, angles in zip(
-                self.cache._rope_buffers(layer.rope_key), layout.angles(*embeddings), strict=True
-            ):
+            for buffer, angles in zip(self.cache._rope_buffers(key), layout.angles(*embeddings), strict=True):
                 buffer.write(stored, angles[:, stored - self.start :])

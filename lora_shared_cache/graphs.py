@@ -58,6 +58,7 @@ KNOWN_HOOKS = ("transformers.utils.output_capturing", "transformers.utils.generi
 
 
 _capture_lock = threading.Lock()
+_capture_streams: dict[torch.device, torch.cuda.Stream] = {}
 _all_graphs: weakref.WeakSet[DecodeGraphs] = weakref.WeakSet()
 
 
@@ -95,17 +96,17 @@ class CudaGraph:
     Args:
         run: launches device work on fixed addresses, and returns its outputs.
         pool: memory that graphs which never run at the same time have in common.
+        device: where it launches that; a stream of another device would record nothing.
     """
 
-    def __init__(self, run: Callable[[], Any], pool: Any):
-        self._graph = torch.cuda.CUDAGraph()
-        # PyTorch captures on one stream, whichever thread asks.
-        with (
-            _capture_lock,
-            _no_garbage_collection(),
-            torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
-        ):
-            self._out = run()
+    def __init__(self, run: Callable[[], Any], pool: Any, device: torch.device):
+        # One stream for a device, whichever thread asks.
+        with _capture_lock, _no_garbage_collection(), torch.cuda.device(device):
+            if device not in _capture_streams:
+                _capture_streams[device] = torch.cuda.Stream(device)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool, _capture_streams[device], capture_error_mode="thread_local"):
+                self._out = run()
 
     def replay(self) -> Any:
         """Run it again; returns the outputs, which the next replay overwrites."""
@@ -486,7 +487,7 @@ class DecodeGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             step.graph = self._attempt(
-                key, lambda: CudaGraph(lambda: self._static_pass(now, arguments, step), self._pool)
+                key, lambda: CudaGraph(lambda: self._static_pass(now, arguments, step), self._pool, now.ids.device)
             )
         except BaseException:
             self._pool = None  # a capture that broke off leaves it unusable

@@ -512,7 +512,7 @@ class LayerPass:
         if key_low_rank is not None and norm is not None:
             weight = norm.rotated_weight
         if key_low_rank is not None and layout.rotary_dim:
-            cos, sin = self._rope()
+            cos, sin = self._rope(query.device)
         if backend == "reference":
             attention: Callable[..., Any] = flash_lora_attention_reference
         else:
@@ -667,13 +667,14 @@ class LayerPass:
         shift = self._numbers_of_norm("shift", 0.0).to(low_rank.dtype)
         return torch.cat((low_rank, shift), dim=-1), now.attachment.cached_weights(key, partial(norm.with_bias, up))
 
-    def _rope(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rope(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos/sin of the tokens that the layer reads."""
         now, slot = self.forward_pass, self.slot
-        key = (self.layer.rope_key, self.start, None if slot is None else id(slot))
+        name = now.rope_key(self.layer, device)
+        key = (name, self.start, None if slot is None else id(slot))
         found = now.ropes.get(key)
         if found is None:
-            cos, sin = now.cache._rope_buffers(self.layer.rope_key)
+            cos, sin = now.cache._rope_buffers(name)
             if slot is None:
                 found = cos.view(now.stop, self.start), sin.view(now.stop, self.start)
             elif slot.first is None:
@@ -724,7 +725,7 @@ class LayerPass:
         low_rank, base = low_rank[:, start - first :], key[:, :, start - first :]
         delta = low_rank[:, None].to(up.dtype) @ up
         if layout.rotary_dim:
-            cos, sin = (t[:, start - first :].to(up.dtype) for t in self._rope())
+            cos, sin = (t[:, start - first :].to(up.dtype) for t in self._rope(key.device))
             delta = layout.rotate(delta, cos, sin)
         if layout.key_norm is not None and layout.key_norm.rotated_weight is not None:
             delta = delta * layout.key_norm.rotated_weight.to(delta.dtype)[:, None]

@@ -53,7 +53,7 @@ def emulate_graphs(monkeypatch, graphs) -> type:
     class EmulatedGraph:
         captures = replays = 0
 
-        def __init__(self, run, pool):
+        def __init__(self, run, pool, device):
             self.run = run
             EmulatedGraph.captures += 1
 

@@ -42,8 +42,8 @@ def count_graphs(monkeypatch) -> None:
     class Counting(graphs.CudaGraph):
         captures = replays = 0
 
-        def __init__(self, run, pool):
-            super().__init__(run, pool)
+        def __init__(self, run, pool, device):
+            super().__init__(run, pool, device)
             Counting.captures += 1
 
         def replay(self):
@@ -689,7 +689,7 @@ def test_a_model_that_asks_the_device_for_a_number(device, caplog, monkeypatch):
     class CannotBeCaptured:
         replays = 0
 
-        def __init__(self, run, pool):
+        def __init__(self, run, pool, device):
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
     works = graphs.CudaGraph
