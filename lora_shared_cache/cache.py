@@ -1145,7 +1145,7 @@ class SharedLoRACache(SharedCacheBase):
         finally:
             self._in_prompt, self._prompt_length, self._limit, self._new_turn = False, 0, None, False
             self._prompt_invocations = None
-            self._graphs.end_turn()
+            self._graphs.ahead.forget()
             if self._recording:
                 self._recording = False
                 self._trim(self._mark)
@@ -1154,6 +1154,8 @@ class SharedLoRACache(SharedCacheBase):
         now = forward_scope.get()
         if self._lock.locked() or (now is not None and now.cache is self and not now.entered_from_inside):
             raise SharedCacheError(f"{what} was called while a forward pass with this cache is running")
+        # From inside of `generate`: a step may be under way on a stream of its own.
+        self._graphs.ahead.drop()
 
     def _rope_buffers(self, key: str) -> tuple[TokenBuffer, TokenBuffer]:
         if key not in self._ropes:

@@ -11,9 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, StoppingCriteriaList
 
 from . import adapters as peft_adapters
+from .ahead import NextStep
 from .attachment import Attachment
 from .errors import SharedCacheError, TrajectoryError, UnsupportedModelError
 from .scopes import forward_scope, generate_scope
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 # Arguments that select assisted decoding, which feeds the whole prompt again.
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "custom_generate")
+
+
+# Where `generate` has them among its positional arguments.
+_STOPPING_CRITERIA = 3
 
 
 def run_generate(
@@ -46,7 +51,7 @@ def run_generate(
         limit, length = _check_prompt(attachment, cache, args, kwargs)
         _check_room(attachment, cache, args, kwargs)
         with cache._prompt(length, limit):
-            return original(*args, **kwargs)
+            return original(*args, **_with_next_step(attachment, cache, args, kwargs))
     except BaseException:
         # PEFT leaves its own behind, and they would say what the next call's rows are.
         peft_adapters.remove_left_hooks(attachment.root)
@@ -153,6 +158,24 @@ def _check_room(attachment: Attachment, cache: SharedLoRACache, args: tuple, kwa
             f"the trajectory would have up to {prompt + new - 1} tokens, {prompt} of the prompt and max_new_tokens={new} less "
             f"the last, but max_cache_len is {cache.max_cache_len}. Pass a smaller max_new_tokens, or make the cache larger"
         )
+
+
+def _with_next_step(
+    attachment: Attachment, cache: SharedLoRACache, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of ``generate`` with a last stopping criterion that starts each chosen token's step at once."""
+    setting = partial(_setting, attachment, args, kwargs)
+    # Beams are in another order when they come; assisted decoding feeds several tokens at once.
+    if not cache.cuda_graphs or (setting("num_beams") or 1) > 1 or any(setting(name) for name in _ASSISTED):
+        return kwargs
+    if len(args) > _STOPPING_CRITERIA:
+        return kwargs
+    inputs, new = _inputs(args, kwargs), setting("max_new_tokens")
+    length = setting("max_length")
+    if new is not None:
+        length = new + (0 if inputs is None or inputs.is_floating_point() else inputs.shape[1])
+    criteria = [*(kwargs.get("stopping_criteria") or ()), NextStep(cache._graphs.ahead, length)]
+    return dict(kwargs, stopping_criteria=StoppingCriteriaList(criteria))
 
 
 def dropped_cache(attachment: Attachment, kwargs: dict[str, Any]) -> SharedLoRACache | None:

@@ -6,18 +6,15 @@ kernel reads the length where it is (``forward.Slot``). Passes of some new token
 launches as well; those that come again have graphs of their own, for so many tokens or up to four times as many: what is
 written and computed behind the last token, later ones overwrite. A graph holds addresses only, so everything it was captured
 for is compared at each replay: storage, adapters, weights. In the middle of ``generate`` most of that happens while the device
-works already (``DecodeGraphs.start_ahead``). What can't be captured runs as before, and the cache says why.
+works already (``ahead.py``). What can't be captured runs as before, and the cache says why.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,9 +22,11 @@ import torch
 from transformers.utils import ModelOutput
 
 from .adapters import rows_of
+from .ahead import OWN_ARGUMENTS, Expected, StepsAhead, other_arguments
 from .attachment import Attachment, call_original
 from .attention import attention_backend
 from .buffers import MIN_SLACK_ON_CUDA, NotReserved, TokenBuffer, WindowBuffer, allocations, with_slack
+from .cuda_graph import CudaGraph, start_beside, wait_for
 from .forward import ForwardPass, Slot
 from .products import DownProducts
 from .scopes import forward_scope
@@ -51,27 +50,11 @@ BLOCKS = (4, 16, 64, 256, 512)
 # alternative is a few captured steps.
 _BLOCK_COMES = 2
 _SHORT_BLOCK_COMES = 3
-# Arguments of a decoder that a captured step brings itself.
-_OWN_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "cache_position")
 # Modules whose hooks do nothing unless a step is refused for other reasons (hidden states or attentions asked for).
 KNOWN_HOOKS = ("transformers.utils.output_capturing", "transformers.utils.generic")
 
 
-_capture_lock = threading.Lock()
-_capture_streams: dict[torch.device, torch.cuda.Stream] = {}
 _all_graphs: weakref.WeakSet[DecodeGraphs] = weakref.WeakSet()
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """No collection meanwhile: it could free another cache's graph, which CUDA forbids during a capture and so breaks it off."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def forget_graphs(attachment: Attachment) -> None:
@@ -81,41 +64,12 @@ def forget_graphs(attachment: Attachment) -> None:
             graphs.clear()
 
 
-def _others(kwargs: dict[str, Any]) -> tuple:
-    """The arguments of a decoder that a captured step does not bring itself."""
-    return tuple(sorted((name, value) for name, value in kwargs.items() if name not in _OWN_ARGUMENTS))
-
-
 class CannotCapture(Exception):
     """A step can't be captured; the text says why."""
 
 
-class CudaGraph:
-    """One captured function.
-
-    Args:
-        run: launches device work on fixed addresses, and returns its outputs.
-        pool: memory that graphs which never run at the same time have in common.
-        device: where it launches that; a stream of another device would record nothing.
-    """
-
-    def __init__(self, run: Callable[[], Any], pool: Any, device: torch.device):
-        # One stream for a device, whichever thread asks.
-        with _capture_lock, _no_garbage_collection(), torch.cuda.device(device):
-            if device not in _capture_streams:
-                _capture_streams[device] = torch.cuda.Stream(device)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool, _capture_streams[device], capture_error_mode="thread_local"):
-                self._out = run()
-
-    def replay(self) -> Any:
-        """Run it again; returns the outputs, which the next replay overwrites."""
-        self._graph.replay()
-        return self._out
-
-
 @dataclass
-class _Step:
+class Step:
     """One captured decode step or block of tokens, or one that is to be captured.
 
     Attributes:
@@ -179,32 +133,6 @@ class _Came:
     times: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class _Expected:
-    """The step that follows a captured one in ``generate``, if all stays as it is.
-
-    Attributes:
-        step: the same again.
-        others: the arguments that it was captured with.
-        padded: whether it reads the padding.
-        held: the memory of the adapters' weights, so that a replay reads nothing else even where they have just been moved.
-    """
-
-    step: _Step
-    others: tuple
-    padded: bool
-    held: list[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class _Ahead:
-    """A step that was replayed before it was checked, at trajectory position ``start``."""
-
-    step: _Step
-    start: int
-    out: Any
-
-
 @dataclass(eq=False)
 class DecodeGraphs:
     """The captured decode steps of one cache.
@@ -216,88 +144,44 @@ class DecodeGraphs:
     cache: SharedLoRACache
     enabled: bool = True
     eager_reason: str | None = None
-    _steps: dict[tuple, _Step] = field(default_factory=dict)
+    _steps: dict[tuple, Step] = field(default_factory=dict)
     _came: dict[tuple, _Came] = field(default_factory=dict)
     _refused: dict[tuple, str] = field(default_factory=dict)
     _state: torch.Tensor | None = None
-    _device_at: tuple[int, int] | None = None
+    device_at: tuple[int, int] | None = None
     _pool: Any = None
-    _weights: tuple = ()
+    weights: tuple = ()
     _told: set[str] = field(default_factory=set)
     _new_turn: bool = True
-    _expected: _Expected | None = None
-    _ahead: _Ahead | None = None
 
     def __post_init__(self) -> None:
+        self.ahead = StepsAhead(self)
         _all_graphs.add(self)
 
     def start_turn(self) -> None:
         """Look at everything again that a user may have changed: at the start of ``generate``, and where a change has shown."""
-        self._new_turn, self._expected = True, None
-
-    def end_turn(self) -> None:
-        """``generate`` has ended, and nothing is expected."""
-        self._expected = self._ahead = None
+        self._new_turn, self.ahead.expected = True, None
 
     def clear(self) -> None:
         """Forget all graphs."""
-        self.end_turn()
+        self.ahead.forget()
         self._steps.clear()
         self._came.clear()
         self._refused.clear()
         self._pool = self._state = None
-        self._device_at = None
+        self.device_at = None
 
     # ---- one step --------------------------------------------------------------------------------------------------
     # With graphs switched off a step on CUDA runs the same way, only uncaptured: it gives the very same numbers.
 
-    def start_ahead(self, attachment: Attachment, kwargs: dict[str, Any]) -> None:
-        """Replay the step that is expected, before the pass is checked; :meth:`run` then finds its output.
-
-        What has to be asked of adapters, modules and the text takes the host up to a millisecond, for which the device would
-        wait. Within ``generate`` the step after a captured one is the same again, unless somebody has interfered from inside.
-        Then the output is dropped: all that was written lies behind the last token. Whatever a replay must not do to find that
-        out (read memory that is gone, write into another storage) is ruled out here.
-        """
-        self._ahead = None
-        expected, cache = self._expected, self.cache
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if expected is None or not cache._in_prompt or cache._attachment is not attachment:
-            return
-        step, start = expected.step, cache.trajectory_length
-        if (
-            self._device_at != (start, step.first)
-            or step.windows_at != cache._windows_at
-            or not step.has_room(start + 1)
-        ):
-            return
-        if step.allocations != allocations() or step.ran_with != self._weights:
-            return
-        if step.graph is None or attachment.weights_version != self._weights[0]:
-            return
-        if not isinstance(ids, torch.Tensor) or ids.shape != step.ids.shape or kwargs.get("inputs_embeds") is not None:
-            return
-        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.shape == (len(ids), start + 1)):
-            return
-        positions = kwargs.get("position_ids") if attachment.takes_position_ids else None
-        if positions is not None and not (
-            isinstance(positions, torch.Tensor) and positions.shape == step.positions.shape
-        ):
-            return
-        others = _others(kwargs)
-        plain = all(value is None or isinstance(value, bool | int | float | str) for _, value in others)
-        if not plain or others != expected.others or expected.padded != (cache._trajectory.attention_mask is not None):
-            return
-        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        self._device_at = None  # unknown, until the step is committed
-        if expected.padded:
-            self._write_padding(start, mask, ids)
-        step.take_in(ids, positions, start)
-        self._ahead = _Ahead(step, start, step.graph.replay())
-
     def run(self, now: ForwardPass, kwargs: dict[str, Any]) -> Any:
         """The decoder's output for a decode step or a block (``now.block``), or None: run it as any other pass."""
+        try:
+            return self._run(now, kwargs)
+        finally:
+            self.ahead.replayed = None  # taken, or of no use
+
+    def _run(self, now: ForwardPass, kwargs: dict[str, Any]) -> Any:
         if not (now.block or now.stop - now.start == 1) or now.start != now.previous or now.previous == 0:
             return None
         if not self.enabled and not now.ids.is_cuda:
@@ -367,7 +251,7 @@ class DecodeGraphs:
         except CannotCapture:
             return False
         step = self._steps.get(self._key(now, kwargs, 0))
-        if step is None or step.graph is None or step.ran_with != self._weights:
+        if step is None or step.graph is None or step.ran_with != self.weights:
             return False
         in_place = step.allocations == allocations() or step.fingerprint[0] == self._addresses(now, self._padded(now))
         return in_place and now.stop <= step.slot.capacity
@@ -375,7 +259,7 @@ class DecodeGraphs:
     def _key(self, now: ForwardPass, kwargs: dict[str, Any], block: int) -> tuple:
         return (
             now.agent, now.ids.shape[0], 1 if now.positions is None else now.positions.shape[0], self._padded(now),
-            tuple(entry for entry, _ in now.writers), tuple(now.readers), _others(kwargs), block,
+            tuple(entry for entry, _ in now.writers), tuple(now.readers), other_arguments(kwargs), block,
         )  # fmt: skip
 
     def _padded(self, now: ForwardPass) -> bool:
@@ -391,11 +275,9 @@ class DecodeGraphs:
         if key in self._refused:
             raise CannotCapture(self._refused[key])
         step = self._steps.get(key)
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and (ahead.step is not step or ahead.start != now.start):
-            ahead = None
-        if padded and ahead is None:
-            self._write_padding(now.start, now.attention_mask, now.ids)
+        replayed = self.ahead.replayed is not None  # which has written the padding
+        if padded and not replayed:
+            self.write_padding(now.start, now.attention_mask, now.ids)
         first = self._first_held(now, step)
         if step is not None:
             step.first, step.windows_at = first, self.cache._windows_at
@@ -406,22 +288,21 @@ class DecodeGraphs:
                 step = self._steps[key] = self._new_step(now, capacities, step)
                 step.first, step.windows_at = first, self.cache._windows_at
         addresses = self._addresses(now, padded) if step.allocations != allocations() else step.fingerprint[0]
-        fingerprint = (addresses, self._weights)
-        if ahead is not None and not (
-            step is ahead.step and fingerprint == step.fingerprint == (addresses, step.ran_with)
-        ):
-            ahead = None
+        fingerprint = (addresses, self.weights)
+        ahead = self.ahead.take(step, now.start, fingerprint)
         if ahead is None:
+            if padded and replayed:
+                self.write_padding(now.start, now.attention_mask, now.ids)
             step.take_in(now.ids, now.positions, now.start)
-        if now.block or (ahead is None and self._device_at != (now.start, first)):
+        if now.block or (ahead is None and self.device_at != (now.start, first)):
             assert self._state is not None
             for place, number in zip(
                 self._state, (now.start, stop, now.start - first, stop - first, first), strict=True
             ):
                 place.fill_(number)
-        self._device_at = None  # unknown, should anything go wrong from here on
+        self.device_at = None  # unknown, should anything go wrong from here on
         arguments = dict(
-            _others(kwargs), input_ids=step.ids, past_key_values=self.cache,
+            other_arguments(kwargs), input_ids=step.ids, past_key_values=self.cache,
             attention_mask=self._padding_mask(step.slot.capacity) if padded else None,
         )  # fmt: skip
         if now.attachment.takes_position_ids:
@@ -429,36 +310,43 @@ class DecodeGraphs:
         whole = now
         if now.block:
             whole = replace(now, stop=stop, ids=step.ids, positions=step.positions, rope_lengths={})
-        if not self.enabled or step.ran_with != self._weights:
+        if not self.enabled or step.ran_with != self.weights:
             # The first step only runs: what libraries and kernels load or compile, and what is made of the adapters' weights,
             # must not come to be in a capture.
-            if step.ran_with != self._weights:
+            if step.ran_with != self.weights:
                 step.products = self._products(key, now.attachment)
             step.graph, step.ran_with = None, ()
             out = self._attempt(key, lambda: self._static_pass(whole, arguments, step))
-            step.rope_keys, step.ran_with = tuple(whole.rope_lengths), self._weights
+            step.rope_keys, step.ran_with = tuple(whole.rope_lengths), self.weights
         else:
             if step.graph is None or fingerprint != step.fingerprint:
                 self._capture(key, step, whole, arguments)
-            out = step.graph.replay() if ahead is None else ahead.out
+            out = self._replay(step) if ahead is None else ahead.out
             step.served += 1
         now.rope_lengths.update(dict.fromkeys(step.rope_keys, now.stop))
         step.fingerprint, step.allocations = fingerprint, allocations()
         if not now.block:
-            self._device_at = (now.stop, first)
-            if self.cache._in_prompt and (self._expected is None or self._expected.step is not step):
+            self.device_at = (now.stop, first)
+            self.ahead.positions = now.positions
+            expected = self.ahead.expected
+            if self.cache._in_prompt and (expected is None or expected.step is not step):
                 held = now.attachment.memory_of(self.cache._watched(now.agent))
-                self._expected = _Expected(step, _others(kwargs), padded, held)
+                self.ahead.expected = Expected(step, other_arguments(kwargs), padded, held)
         return self._fresh(key, out, now.stop - now.start)
+
+    def _replay(self, step: Step) -> Any:
+        out, done = start_beside(step.ids.device, step.graph.replay)
+        wait_for(step.ids.device, done)
+        return out
 
     def _products(self, key: tuple, attachment: Attachment) -> DownProducts:
         """A step's or block's: those of the same agent's others, so that joined weights exist once."""
         for other, step in self._steps.items():
-            if other[:-1] == key[:-1] and step.ran_with == self._weights:
+            if other[:-1] == key[:-1] and step.ran_with == self.weights:
                 return step.products
         return DownProducts(attachment)
 
-    def _static_pass(self, now: ForwardPass, arguments: dict[str, Any], step: _Step) -> Any:
+    def _static_pass(self, now: ForwardPass, arguments: dict[str, Any], step: Step) -> Any:
         now.slot, now.products = step.slot, step.products
         now.rope_lengths.clear()
         now.ropes.clear()
@@ -477,7 +365,7 @@ class DecodeGraphs:
             self._state[:4].add_(1)  # the next token's place
         return out
 
-    def _capture(self, key: tuple, step: _Step, now: ForwardPass, arguments: dict[str, Any]) -> None:
+    def _capture(self, key: tuple, step: Step, now: ForwardPass, arguments: dict[str, Any]) -> None:
         step.useless = step.useless + 1 if step.graph is not None and step.served < 2 else 0
         step.graph, step.served = None, 0  # its memory serves the next capture
         if step.useless > _MAX_USELESS_CAPTURES:
@@ -528,7 +416,7 @@ class DecodeGraphs:
 
     # ---- what a graph depends on -----------------------------------------------------------------------------------
 
-    def _new_step(self, now: ForwardPass, capacities: tuple[int, int | None], before: _Step | None) -> _Step:
+    def _new_step(self, now: ForwardPass, capacities: tuple[int, int | None], before: Step | None) -> Step:
         device = now.ids.device
         if self._state is None or self._state.device != device:
             with torch.inference_mode(False):
@@ -544,7 +432,7 @@ class DecodeGraphs:
             ids, positions = (
                 torch.zeros(n, now.block or 1, dtype=torch.int64, device=device) for n in (rows_here, rows)
             )
-        step = _Step(
+        step = Step(
             ids, positions, slot, capacities, DownProducts(now.attachment) if before is None else before.products
         )
         if before is not None:
@@ -586,7 +474,7 @@ class DecodeGraphs:
     def _windows(self, now: ForwardPass) -> list[WindowBuffer]:
         return [buffer for buffer in self._buffers(now, False) if isinstance(buffer, WindowBuffer)]
 
-    def _first_held(self, now: ForwardPass, step: _Step | None) -> int:
+    def _first_held(self, now: ForwardPass, step: Step | None) -> int:
         """The first token that the step's sliding layers hold, made the same for all of them; 0: there are none."""
         cache = self.cache
         if step is not None and step.windows_at == cache._windows_at:
@@ -609,7 +497,8 @@ class DecodeGraphs:
     def _addresses(self, now: ForwardPass, padded: bool) -> tuple:
         return tuple((b.data.data_ptr(), b.data.shape) for b in self._buffers(now, padded) if b.data is not None)
 
-    def _write_padding(self, start: int, mask: torch.Tensor | None, ids: torch.Tensor) -> None:
+    def write_padding(self, start: int, mask: torch.Tensor | None, ids: torch.Tensor) -> None:
+        """Write the padding of tokens ``start ...`` (B, n) where captured steps read it; mask (B, m) of all, None: ones."""
         new = mask[:, start : start + ids.shape[1]] if mask is not None else torch.ones_like(ids)
         self.cache._trajectory.write_padding(start, new.bool())
 
@@ -622,8 +511,8 @@ class DecodeGraphs:
         attachment = now.attachment
         weights = attachment.weights_identity(whole=self._new_turn or not self.cache._in_prompt)
         self._new_turn = False
-        if weights != self._weights:
-            self._weights = weights
+        if weights != self.weights:
+            self.weights = weights
             self._device_reason = self._why_not_on_this_device(attachment)
             # What was refused may go now.
             self._refused.clear()
@@ -641,7 +530,7 @@ class DecodeGraphs:
         if isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() != 2):
             raise CannotCapture("the step has an attention mask of its own, not one entry per token")
         for name, value in kwargs.items():
-            if name in _OWN_ARGUMENTS or value is None:
+            if name in OWN_ARGUMENTS or value is None:
                 continue
             if name.startswith("output_") and value:
                 raise CannotCapture(f"{name} was asked for")

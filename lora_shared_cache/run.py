@@ -94,7 +94,7 @@ def run_decoder(attachment: Attachment, cache: SharedLoRACache, kwargs: dict[str
                 attachment.enter(cache)
                 # What is cached carries no gradient; a gradient through the rest alone would be silently wrong.
                 with torch.no_grad():
-                    cache._graphs.start_ahead(attachment, kwargs)
+                    cache._graphs.ahead.claim(attachment, kwargs)
                     now, kwargs = begin(attachment, cache, kwargs)
                     now.block = cache._graphs.block_of(now, kwargs)
                     in_steps = not now.block and cache._graphs.takes_in_steps(now, kwargs)

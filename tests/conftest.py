@@ -1,5 +1,6 @@
 """What all tests share: few threads (the models are tiny), no hub, and no global state left behind."""
 
+import inspect
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -59,7 +60,15 @@ def emulate_graphs(monkeypatch, graphs) -> type:
 
         def replay(self):
             EmulatedGraph.replays += 1
-            return self.run()
+            # A graph needs nobody to have prepared the model's Python for it.
+            now = inspect.getclosurevars(self.run).nonlocals["now"]
+            entered = any(ref() is now.cache for ref in now.attachment.active)
+            now.attachment.enter(now.cache)
+            try:
+                return self.run()
+            finally:
+                if not entered:
+                    now.attachment.leave(now.cache)
 
     monkeypatch.setattr(graphs, "CudaGraph", EmulatedGraph)
     monkeypatch.setattr(graphs.DecodeGraphs, "_why_not_on_this_device", staticmethod(lambda attachment: None))

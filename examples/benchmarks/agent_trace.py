@@ -26,9 +26,9 @@ On an H100 one model with one kind of adapters takes some 100 s at 16k; ``--time
 Fields of a row that do not speak for themselves (times in s or ms, memory in bytes): ``end_to_end_s``: sum over the turns,
 median of ``--repeats``; ``ttft_*_ms``: time to first token over the turns; ``first_tokens_s``: their sum; ``decode_ms``: per
 token after the first; ``cache_bytes``, ``allocated_bytes``: of the caches, in use and with slack; ``expanded_bytes``: of these,
-expanded keys (on a CPU only); ``steady_bytes``, ``peak_bytes``: of the device beyond the weights, after the last turn and at
-most; ``predicted_bytes``: what K, V and low-rank entries of the tokens take; ``one_cache_bytes``: K and V of the text once;
-``eager_reason``: why the last step of a captured variant was not replayed.
+expanded keys (on a CPU only); ``steady_bytes``, ``peak_bytes``: of the device beyond the weights and what cuBLAS keeps for
+each stream of a process (``workspace_bytes``), after the last turn and at most; ``predicted_bytes``: what K, V and low-rank
+entries of the tokens take; ``one_cache_bytes``: K and V of the text once; ``eager_reason``: why the last step of a captured variant was not replayed.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ from transformers import Cache, DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from lora_shared_cache import SharedLoRACache, detach
+from lora_shared_cache.cuda_graph import CudaGraph
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 PEERS = ("non_shared", "fully_shared")
@@ -294,6 +295,20 @@ def predicted_low_rank(model: PeftModel, role: str) -> int:
         for path, module in model.named_modules()
         if path.endswith(("k_proj", "v_proj")) and hasattr(module, "lora_A")
     )
+
+
+def settle(device: torch.device) -> int:
+    """Bytes that cuBLAS keeps for good for each stream of the process: the current one and those that graphs are captured on."""
+    before = allocated(device)
+    if device.type == "cuda":
+        a = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
+        a @ a
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            a @ a
+        CudaGraph(lambda: a @ a, None, device)
+        del a
+        release(device)
+    return allocated(device) - before
 
 
 def predicted_bytes(setting: Setting, variant: str, coverage: dict[str, int]) -> dict[str, int]:
@@ -562,7 +577,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     common = {name: value for name, value in about(arguments, device).items() if name not in own}
     common |= dict(
         cpu=platform.processor() or platform.machine(), threads=torch.get_num_threads(), clock=arguments.clock, trace=trace.name,
-        generated=trace.generated, switches=trace.switches, adapters_loaded=len(trace.roles), repeats=arguments.repeats,
+        workspace_bytes=settle(device), generated=trace.generated, switches=trace.switches,
+        adapters_loaded=len(trace.roles), repeats=arguments.repeats,
     )  # fmt: skip
     report = Report(arguments.out, common)
     print(" ".join(f"{name}={value}" for name, value in common.items()))

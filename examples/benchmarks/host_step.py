@@ -2,8 +2,8 @@
 
 Before a replay the device waits, so that part is added to every token; what comes after it runs while the device works. Graphs
 launch nothing here: 32 layers of tiny width, three adapters on q, k, v, o, and a replay that returns what its capture returned.
-``transformers``: a decoder that returns at once, with no cache of ours. ``checked first``: without the replays that go ahead of
-their checks. One thread of a CPU; the kernels' launches and PyTorch's own on a GPU come on top.
+``transformers``: a decoder that returns at once, with no cache of ours. ``with its pass``: replayed when the pass is there, before
+it is checked; ``checked first``: after that. One thread of a CPU; the kernels' launches and PyTorch's own on a GPU come on top.
 
     PYTHONPATH=.:kernels python examples/benchmarks/host_step.py --out docs/benchmarks/host_step.json
 
@@ -20,7 +20,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,12 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lora_shared_cache import SharedLoRACache, detach, graphs
+from lora_shared_cache.ahead import StepsAhead
 
 POLICIES = ("lr_precomputed", "base_lr_shared", "base_shared")
 LAYERS, WIDTH = 32, 64
+# When a step is replayed, and which methods of ``StepsAhead`` are left out for it.
+WAYS = {"": (), ", with its pass": ("start",), ", checked first": ("start", "claim")}
 
 
 class Watch(StoppingCriteria):
@@ -64,7 +67,7 @@ def without_a_device(watch: Watch) -> None:
     """Captures as on a GPU, and replays that do nothing."""
 
     class Graph:
-        def __init__(self, run: Callable[[], Any], pool: Any):
+        def __init__(self, run: Callable[[], Any], pool: Any, device: torch.device):
             self.out = run()
 
         def replay(self) -> Any:
@@ -149,16 +152,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     common = {name: value for name, value in about(arguments, torch.device("cpu")).items() if name in wanted}
     common |= dict(device=f"one thread of a CPU ({platform.machine()})", layers=LAYERS, adapters=len(ADAPTERS))
     length = (len(ADAPTERS) + arguments.turns) * arguments.tokens + 40
-    start_ahead = graphs.DecodeGraphs.start_ahead
+    methods = {name: getattr(StepsAhead, name) for name in ("start", "claim")}
 
-    def measure_policy(policy: str, ahead: bool) -> dict[str, float]:
-        if not ahead:
-            graphs.DecodeGraphs.start_ahead = lambda *_: None  # type: ignore[method-assign,assignment]
+    def measure_policy(policy: str, without: Sequence[str]) -> dict[str, float]:
+        for name in without:
+            setattr(StepsAhead, name, lambda *_: None)
         cache = SharedLoRACache(sharing=policy, max_cache_len=length)  # type: ignore[arg-type]
         try:
             row = measure(model, cache, arguments.tokens, arguments.turns, watch)
         finally:
-            graphs.DecodeGraphs.start_ahead = start_ahead  # type: ignore[method-assign]
+            for name, method in methods.items():
+                setattr(StepsAhead, name, method)
         assert cache.eager_reason is None, cache.eager_reason
         detach(model)
         return row
@@ -167,8 +171,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         "transformers": lambda: transformers_alone(model, arguments.tokens, arguments.turns, watch)
     }
     for policy in POLICIES:
-        variants[policy] = functools.partial(measure_policy, policy, True)
-        variants[f"{policy}, checked first"] = functools.partial(measure_policy, policy, False)
+        for way, without in WAYS.items():
+            variants[policy + way] = functools.partial(measure_policy, policy, without)
     rounds = [{name: run() for name, run in variants.items()} for _ in range(arguments.rounds)]
     rows = [
         dict(variant=name)
