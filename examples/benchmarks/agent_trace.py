@@ -28,7 +28,8 @@ median of ``--repeats``; ``ttft_*_ms``: time to first token over the turns; ``fi
 token after the first; ``cache_bytes``, ``allocated_bytes``: of the caches, in use and with slack; ``expanded_bytes``: of these,
 expanded keys (on a CPU only); ``steady_bytes``, ``peak_bytes``: of the device beyond the weights and what cuBLAS keeps for
 each stream of a process (``workspace_bytes``), after the last turn and at most; ``predicted_bytes``: what K, V and low-rank
-entries of the tokens take; ``one_cache_bytes``: K and V of the text once; ``eager_reason``: why the last step of a captured variant was not replayed.
+entries of the tokens take; ``one_cache_bytes``: K and V of the text once; ``eager_reason``: why the last step of a captured
+variant was not replayed.
 """
 
 from __future__ import annotations
