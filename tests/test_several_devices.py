@@ -61,7 +61,9 @@ def spread(model: torch.nn.Module, devices: tuple[str, str]) -> torch.nn.Module:
     last = len(model.model.layers) - 1
     places = {f"model.layers.{index}": devices[index == last] for index in range(last + 1)}
     places |= {"model.embed_tokens": devices[0], "model.rotary_emb": devices[0]}
-    places |= {"model.norm": devices[1], "lm_head": devices[1]}
+    # A head that is the embeddings' weight stays with them.
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    places |= {"model.norm": devices[1], "lm_head": devices[not tied]}
     return dispatch_model(
         model, places, main_device=devices[0], skip_keys=model._skip_keys_device_placement, force_hooks=True
     )

@@ -202,7 +202,9 @@ def test_interference(device, ahead, kind, sharing, when):  # noqa: F811
         if error is None and kind not in ("cropped", "emptied"):
             assert torch.equal(cache.token_ids, text[:, :-1])
         # It goes on from where it is, with the device's own count of tokens.
-        text = torch.cat((cache.token_ids, prompt(device, n=2, seed=3)), dim=1)
+        text = prompt(device, n=2, seed=3)
+        if cache.token_ids is not None:
+            text = torch.cat((cache.token_ids, text), dim=1)
         return error, state, turns(model, cache, text, ["plan", "act"], new=8), text
 
     captured, eager = both(sharing=sharing, max_cache_len=150)
@@ -325,7 +327,8 @@ def test_sampling_and_criteria_by_position(device, ahead):  # noqa: F811
             pad_token_id=0,
         )  # fmt: skip
         root = model.get_base_model()
-        texts.append(root.generate(text, None, None, StoppingCriteriaList(), past_key_values=cache, max_new_tokens=8))
+        options = dict(attention_mask=torch.ones_like(text), past_key_values=cache, max_new_tokens=8, pad_token_id=0)
+        texts.append(root.generate(text, None, None, StoppingCriteriaList(), **options))
         if cache.cuda_graphs:
             assert all(ahead) and len(ahead) == 9 + 8 - 1
     assert torch.equal(*texts)

@@ -3,7 +3,7 @@
 Before a replay the device waits, so that part is added to every token; what comes after it runs while the device works. Graphs
 launch nothing here: 32 layers of tiny width, three adapters on q, k, v, o, and a replay that returns what its capture returned.
 ``transformers``: a decoder that returns at once, with no cache of ours. ``with its pass``: replayed when the pass is there,
-before it is checked; ``checked first``: after that. One thread of a CPU; the kernels' launches and PyTorch's own on a GPU come on top.
+before it is checked; ``checked first``: after that. One thread of a CPU; what launches and PyTorch take on a GPU comes on top.
 
     PYTHONPATH=.:kernels python examples/benchmarks/host_step.py --out docs/benchmarks/host_step.json
 
