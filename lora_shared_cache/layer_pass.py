@@ -17,6 +17,7 @@ from .append import append_tokens
 from .attachment import AttentionLayer, lora_forward
 from .attention import attention_backend
 from .buffers import NotReserved, TokenBuffer, WindowBuffer
+from .cpu_attention import MIN_TOKENS, block_attention
 from .errors import TrajectoryError, UnsupportedModelError
 from .forward import NORMS, ForwardPass
 from .invocation import active
@@ -508,6 +509,13 @@ class LayerPass:
             up = key_up if index is None else up_of_rows(key_up, index)
             key = self._expanded_keys(key, key_low_rank, up, gain, delta_gain)
             key_low_rank = key_up = gain = delta_gain = None
+        if self._fits_block_attention(query, key_low_rank, kwargs):
+            if value_up is not None and index is not None:
+                value_up = up_of_rows(value_up, index)
+            names = ("attention_mask", "scale", "is_causal")
+            return block_attention(
+                query, key, value, value_low_rank=value_low_rank, value_up=value_up, **{name: kwargs[name] for name in names}
+            )  # fmt: skip
         cos = sin = weight = None
         if key_low_rank is not None and norm is not None:
             weight = norm.rotated_weight
@@ -538,6 +546,13 @@ class LayerPass:
             **kwargs,
         )
         return cast(torch.Tensor, out)
+
+    def _fits_block_attention(self, query: torch.Tensor, key_low_rank: Any, kwargs: dict[str, Any]) -> bool:
+        chosen = attention_backend() is not None or self.slot is not None or query.device.type != "cpu"
+        if chosen or key_low_rank is not None or query.shape[2] < MIN_TOKENS:
+            return False
+        mask = kwargs["attention_mask"]
+        return (mask is None or mask.dim() == 4) and all(kwargs.get(name) is None for name in ("softcap", "sinks"))
 
     def _low_rank_of_keys(self, heads: int) -> tuple[torch.Tensor | None, ...]:
         """:meth:`_low_rank` of keys, and the "gain" and "delta_gain" (B, Hk, T) of a norm that they have, or None twice."""
