@@ -67,22 +67,27 @@ def versions(about: dict[str, Any]) -> str:
 
 def kernels() -> str:
     """Attention kernels beside PyTorch's attention."""
-    rows = list(csv.DictReader((RESULTS / "flash_lora_attention.csv").read_text().splitlines()))
-    lines = []
-    for row in rows:
-        compared = ["not compared", ""]
-        if row["best_peer"]:
-            speed = float(row["speed_vs_peer"])
-            compared = [f"{float(row['best_peer_us']):,.1f} ({row['best_peer']})", bold(f"{speed:.2f}×", speed < 1)]
-        lines.append([row["name"], f"{float(row['us']):,.1f}", *compared])
-    return f"""## Attention kernels
+    sections = []
+    for path in sorted(RESULTS.glob("flash_lora_attention*.csv")):
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        lines = []
+        for row in rows:
+            compared = ["not compared", ""]
+            if row["best_peer"]:
+                speed = float(row["speed_vs_peer"])
+                compared = [f"{float(row['best_peer_us']):,.1f} ({row['best_peer']})", bold(f"{speed:.2f}×", speed < 1)]
+            first = f"{float(row['new_lengths_ms']):,.1f}" if row.get("new_lengths_ms") else ""
+            lines.append([row["name"], f"{float(row['us']):,.1f}", *compared, first])
+        head = ["work", "µs", "best peer, µs", "our speed over the peer's", "first call of new lengths, ms"]
+        sections.append(f"{versions(rows[0])}. {link(path.name)}.\n\n{table(head, lines)}")
+    return """## Attention kernels
 
-{versions(rows[0])}; bfloat16 unless said, 32 query and 8 KV heads of size 128, r = 16 on K and V, cold L2 cache,
-medians. The peer is the fastest backend of PyTorch's
-`scaled_dot_product_attention` in the same run, on keys and values that are ready-made.
-{link("flash_lora_attention.csv")}; [Kernels](kernels.md).
+bfloat16 unless said, 32 query and 8 KV heads of size 128, r = 16 on K and V, cold L2 cache, medians. The peer is the
+fastest backend of PyTorch's
+`scaled_dot_product_attention` in the same run, on keys and values that are ready-made. *No plans*: as the cache
+calls, without cuDNN's plans for lengths. [Kernels](kernels.md).
 
-{table(["work", "µs", "best peer, µs", "our speed over the peer's"], lines)}"""
+""" + "\n\n".join(sections)
 
 
 def decode_gpu() -> str:
@@ -154,11 +159,11 @@ def traces() -> str:
     sections = []
     for path in sorted(RESULTS.glob("agent_trace*.json")):
         rows = load(path.name)
-        exact = {(*setting_of(row), row["mode"]): row for row in rows if row["variant"] == "non_shared"}
+        exact = {(*setting_of(row), row["mode"], row["commit"]): row for row in rows if row["variant"] == "non_shared"}
         lines = []
         for row in rows:
             setting = setting_of(row)
-            other = exact.get((*setting, row["mode"]))
+            other = exact.get((*setting, row["mode"], row["commit"]))
             compared = other is not None and other is not row
             speed = f"{other['end_to_end_s'] / row['end_to_end_s']:.2f}×" if compared else ""
             lines.append(
@@ -188,7 +193,7 @@ def traces() -> str:
             "of one cache",
         ]
         sections.append(
-            f"{versions(about)}, {rows[0]['dtype']}. {link(path.name)}.{unsteady(rows)}\n\n{table(head, lines)}"
+            f"{versions(about)}{commits(rows)}, {rows[0]['dtype']}. {link(path.name)}.{unsteady(rows)}\n\n{table(head, lines)}"
         )
     if not sections:
         return "## Agent traces\n\nNot measured yet."
@@ -198,12 +203,18 @@ def traces() -> str:
     )
 
 
+def commits(rows: list[dict[str, Any]]) -> str:
+    """The other commits that rows of one file were measured with."""
+    others = list(dict.fromkeys(row["commit"] for row in rows))[1:]
+    return f" (some rows {', '.join(others)})" if others else ""
+
+
 def unsteady(rows: list[dict[str, Any]]) -> str:
     """A warning where the same work, PEFT's eager step with a ``DynamicCache``, took very different times in one run."""
     steps: dict[tuple, list[float]] = {}
     for row in rows:
         if row["mode"] == "eager" and row["variant"] in ("non_shared", LOSSY):
-            steps.setdefault(setting_of(row), []).append(row["decode_ms"])
+            steps.setdefault((*setting_of(row), row["commit"]), []).append(row["decode_ms"])
     worst = max(steps.values(), key=lambda times: max(times) / min(times), default=[1.0])
     if max(worst) < 1.3 * min(worst):
         return ""

@@ -43,6 +43,8 @@ WAYS = [
     ("lr_precomputed", "growing", "`lr_precomputed`, growing storage, capturing in the clock", True),
     ("lr_precomputed", "eager", "`lr_precomputed`, nothing captured", True),
 ]
+PEERS = ("non_shared", "fully_shared")
+NEWEST = ("agent_trace.json", "agent_trace_cpu.json")
 SEEDS = ("quality_dev50.json", "quality_dev50_seed1.json")
 
 
@@ -55,10 +57,14 @@ def load(name: str) -> Any:
 
 
 def trace_rows(gpu: bool) -> list[Row]:
-    """Rows of all whole episodes on the card or on a CPU, each with its file's name as ``source``."""
+    """Rows of whole episodes on the card or on a CPU, each with its file's name as ``source``.
+
+    Of the policies the newest: earlier ones say what earlier code did. Of PEFT's ways all, which say what the hosts do.
+    """
     rows = [
         dict(row, source=path.name) for path in sorted(RESULTS.glob("agent_trace*.json")) for row in load(path.name)
     ]
+    rows = [row for row in rows if row["source"] in NEWEST or row["variant"] in PEERS]
     return [row for row in rows if "error" not in row and (CARD in row["gpu"] if gpu else row["gpu"] == "none")]
 
 
@@ -159,8 +165,8 @@ def episode_gpu(folder: str) -> str:
         f"One {one['gpu']}; the shape of Llama-3.1-8B with random weights in {one['dtype']}, three",
         "adapters of rank 16 on q, k, v, o;",
         f"{len(one['turns'])} turns up to {GPU['total']:,} tokens, {one['generated']} of them generated.",
-        f"Speed: over the first row of the same run. Ranges: {len(runs)} runs; the hosts are slow and uneven, which flatters",
-        "what is compared with uncaptured rows. **Bold** in the column of speed: slower.",
+        f"Speed: over the first row of the same run. PEFT's ways in {len(runs)} runs, ours in the last: the hosts are slow and",
+        "uneven, which flatters what is compared with uncaptured rows. **Bold** in the column of speed: slower.",
         *longer,
         f"{conditions(shown)}. {links(dict.fromkeys(row['source'] for row in shown), folder)};",
         f"[how it was measured]({folder}traces.md).",

@@ -81,6 +81,6 @@ def test_the_benchmark_of_the_hosts_part(monkeypatch, tmp_path):
         monkeypatch.setattr(owner, name, vars(owner)[name])
     rows = host_step.main(["--tokens", "6", "--turns", "1", "--rounds", "1", "--out", str(tmp_path / "rows.json")])
     variants = [row["variant"] for row in rows]
-    assert variants[0] == "transformers" and len(variants) == 1 + 2 * 3
+    assert variants[0] == "transformers" and len(variants) == 1 + 3 * 3
     assert all(row["before_ms"] > 0 and row["after_ms"] > 0 for row in rows)
     assert json.loads((tmp_path / "rows.json").read_text()) == rows

@@ -298,9 +298,9 @@ def _cudnn_folded(query, key, value, num_splits: int, scale: float) -> tuple[tor
     return (out.unsqueeze(1), lse.unsqueeze(1)) if num_splits > 1 else (out.unsqueeze(0), lse.unsqueeze(0))
 
 
-# Floating-point operations of a call from which on cuDNN gains as much in one pass of some 32 layers as its plans take (some
-# 120 ms for two): with 590 TFLOP/s on an H100, and 500 of the kernel for ready-made K and V, which no committed result shows.
-_LONG_CALL = 1.2e13
+# Floating-point operations of a call from which on cuDNN gains as much in one pass of some 32 layers as its plans take (50 to
+# 80 ms): 622 TFLOP/s against 504 of the kernel for ready-made K and V (docs/benchmarks/flash_lora_attention_h200.csv).
+_LONG_CALL = 6e12
 
 
 def _plans_pay(x: Inputs, length: int) -> bool:
