@@ -123,8 +123,8 @@ class StepsAhead:
             step_pass = self._step_pass(expected, attachment, kwargs)
         if replayed is not None:
             # Asked before the current stream waits for the step, so that the host does not.
-            fits = step_pass is not None and expected is not None and replayed.step is expected.step
-            fits = fits and self._same(replayed, step_pass)  # type: ignore[arg-type]
+            same_step = expected is not None and replayed.step is expected.step
+            fits = same_step and step_pass is not None and self._same(replayed, step_pass)
             self.join()
             self.replayed = replayed if fits else None
         elif expected is not None and step_pass is not None and self._can_replay(expected):
