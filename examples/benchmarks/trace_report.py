@@ -187,6 +187,7 @@ LINES = {"eager": "-", "captured": "--", "growing": ":"}
 def plot(rows: Sequence[Row], path: Path) -> None:
     """End-to-end time and memory against the length of the trajectory, a row of panels for each model and kind of adapters."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     rows = [row for row in rows if "error" not in row]
     groups = list(dict.fromkeys((row["model"], row["adapters"]) for row in rows))
@@ -214,7 +215,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             panel.set_xscale("log", base=2)
             ticks = sorted({row["total"] for row in mine})
             panel.set_xticks(ticks, [f"{t // 1024}k" if t % 1024 == 0 else str(t) for t in ticks])
-            panel.minorticks_off()
+            # Times often lie within one power of ten.
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.yaxis.set_minor_locator(NullLocator())
             panel.set_xlabel("tokens of the trajectory")
             panel.grid(alpha=0.3)
             panel.legend(fontsize=7)
