@@ -45,6 +45,8 @@ def block_attention(
         if value_low_rank is not None and value_up is not None:
             value = (value_low_rank[:, None].to(value_up.dtype) @ value_up + value).to(query.dtype)
         key, value = key.to(query.dtype), value.to(query.dtype)
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(query.dtype)
         if not is_causal:
             return F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scale, enable_gqa=True)
         out = torch.empty_like(query)

@@ -64,11 +64,12 @@ def test_it_is_as_close_as_the_reference(dtype):
     given = [t.to(dtype) for t in exact]
     query, key, value, low_rank, up, _ = exact
     options = dict(value_low_rank=low_rank, value_up=up)
-    expected = flash_lora_attention_reference(query, key, value, **options)
+    mask = torch.randn(1, 1, 50, 70, generator=torch.Generator().manual_seed(0))
+    expected = flash_lora_attention_reference(query, key, value, attention_mask=mask, **options)
     query, key, value, low_rank, up, _ = given
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = block_attention(
-            query, key, value, value_low_rank=low_rank, value_up=up, attention_mask=None, scale=None, is_causal=True
+            query, key, value, value_low_rank=low_rank, value_up=up, attention_mask=mask, scale=None, is_causal=True
         )
     assert out.dtype == dtype
     error = float((out - expected).norm() / expected.norm())
