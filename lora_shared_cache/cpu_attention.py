@@ -1,7 +1,8 @@
-"""Attention of a block of tokens on a CPU: values are expanded, and PyTorch's fused attention does the rest.
+"""Attention on a CPU over keys that are expanded already, where ``flash_lora_attention_reference`` would do the same more slowly.
 
 A block of S tokens reads each value S times, so expanding it once costs little (r multiplications for each of its numbers, beside
-S). A single token goes without: ``flash_lora_attention_reference`` multiplies its probabilities with the low-rank entries.
+S), and PyTorch's fused attention does the rest. A single token multiplies its probabilities with the low-rank entries, as the
+reference does, in a handful of operations: what the reference asks and covers besides takes as long as these.
 """
 
 from __future__ import annotations
@@ -13,6 +14,38 @@ import torch.nn.functional as F
 MIN_TOKENS = 16
 # Queries that share one mask: keys behind the last of them are left out, so that causality saves half of a prompt.
 _BLOCK = 256
+
+
+def step_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    value_low_rank: torch.Tensor | None,
+    value_up: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """``softmax(scale * query key^T) (value + value_low_rank value_up)`` of one token per row that sees all keys.
+
+    Args:
+        query: (B, Hq, 1, D), on the CPU.
+        key: (B, Hk, T, D), with the low-rank part.
+        value: (B, Hk, T, D), the base part.
+        value_low_rank, value_up: (B, T, r) and (Hk, r, D) or (B, Hk, r, D), or None twice. All in float32, or in float64.
+        scale: of the scores; None: ``D ** -0.5``.
+
+    Returns:
+        (B, Hq, 1, D).
+    """
+    B, Hq, _, D = query.shape
+    Hk, T = key.shape[1:3]
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.reshape(B, Hk, Hq // Hk, D) @ key.transpose(-1, -2)
+        p = scores.mul_(D**-0.5 if scale is None else scale).softmax(dim=-1)
+        out = p @ value
+        if value_low_rank is not None and value_up is not None:
+            out += (p.view(B, Hq, T) @ value_low_rank).view(B, Hk, Hq // Hk, -1) @ value_up
+    return out.view(B, Hq, 1, D)
 
 
 def block_attention(

@@ -17,7 +17,7 @@ from .append import append_tokens
 from .attachment import AttentionLayer, lora_forward
 from .attention import attention_backend
 from .buffers import NotReserved, TokenBuffer, WindowBuffer
-from .cpu_attention import MIN_TOKENS, block_attention
+from .cpu_attention import MIN_TOKENS, block_attention, step_attention
 from .errors import TrajectoryError, UnsupportedModelError
 from .forward import NORMS, ForwardPass
 from .invocation import active
@@ -509,13 +509,19 @@ class LayerPass:
             up = key_up if index is None else up_of_rows(key_up, index)
             key = self._expanded_keys(key, key_low_rank, up, gain, delta_gain)
             key_low_rank = key_up = gain = delta_gain = None
-        if self._fits_block_attention(query, key_low_rank, kwargs):
+        if self._plain_on_cpu(query, key_low_rank, kwargs):
             if value_up is not None and index is not None:
                 value_up = up_of_rows(value_up, index)
-            names = ("attention_mask", "scale", "is_causal")
-            return block_attention(
-                query, key, value, value_low_rank=value_low_rank, value_up=value_up, **{name: kwargs[name] for name in names}
-            )  # fmt: skip
+            options = dict(value_low_rank=value_low_rank, value_up=value_up, scale=kwargs["scale"])
+            if query.shape[2] >= MIN_TOKENS:
+                options.update(attention_mask=kwargs["attention_mask"], is_causal=kwargs["is_causal"])
+                return block_attention(query, key, value, **options)
+            if (
+                query.shape[2] == 1
+                and kwargs["attention_mask"] is None
+                and _same_wide_dtype(query, key, value, *options.values())
+            ):
+                return step_attention(query, key, value, **options)
         cos = sin = weight = None
         if key_low_rank is not None and norm is not None:
             weight = norm.rotated_weight
@@ -547,9 +553,10 @@ class LayerPass:
         )
         return cast(torch.Tensor, out)
 
-    def _fits_block_attention(self, query: torch.Tensor, key_low_rank: Any, kwargs: dict[str, Any]) -> bool:
+    def _plain_on_cpu(self, query: torch.Tensor, key_low_rank: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether ``cpu_attention.py`` may serve: keys are expanded, and nothing is asked for but a mask of queries and keys."""
         chosen = attention_backend() is not None or self.slot is not None or query.device.type != "cpu"
-        if chosen or key_low_rank is not None or query.shape[2] < MIN_TOKENS:
+        if chosen or key_low_rank is not None:
             return False
         mask = kwargs["attention_mask"]
         return (mask is None or mask.dim() == 4) and all(kwargs.get(name) is None for name in ("softcap", "sinks"))
@@ -756,6 +763,12 @@ class LayerPass:
             out = expanded.view(now.stop, first)
         storage.expanded_length = now.stop
         return out
+
+
+def _same_wide_dtype(*tensors: Any) -> bool:
+    """Whether all tensors among these are float32, or float64: sums in 16 bits would round more than the reference's."""
+    dtypes = {t.dtype for t in tensors if isinstance(t, torch.Tensor)}
+    return dtypes in ({torch.float32}, {torch.float64})
 
 
 class DownPart(NamedTuple):

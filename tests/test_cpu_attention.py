@@ -7,7 +7,7 @@ import torch
 
 from flash_lora_attention import flash_lora_attention_reference
 from lora_shared_cache import SharedLoRACache, cpu_attention, layer_pass
-from lora_shared_cache.cpu_attention import block_attention
+from lora_shared_cache.cpu_attention import block_attention, step_attention
 
 from .tiny import activate, assert_equal_logits, logits, ones, tiny_llama, tokens, with_adapters
 
@@ -58,6 +58,22 @@ def test_against_the_reference(S, T, mask, up, is_causal, monkeypatch):
     assert float((out - expected).abs().max()) < 1e-13
 
 
+@pytest.mark.parametrize("T", [1, 7, 90])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("up", ["one", "of rows", None])
+def test_one_token_against_the_reference(T, scale, up):
+    query, key, value, low_rank, one, of_rows = problem(1, T)
+    options = dict(value_low_rank=None, value_up=None)
+    if up is not None:
+        options = dict(value_low_rank=low_rank, value_up=one if up == "one" else of_rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = step_attention(query.transpose(1, 2).contiguous().transpose(1, 2), key, value, scale=scale, **options)
+    if up == "of rows":
+        options |= dict(adapter_index=torch.arange(2))
+    expected = flash_lora_attention_reference(query, key, value, scale=scale, **options)
+    assert out.shape == expected.shape and float((out - expected).abs().max()) < 1e-13
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_as_close_as_the_reference(dtype):
     exact = problem(50, 70)
@@ -84,24 +100,31 @@ def test_blocks_of_a_model_take_it_and_give_what_the_reference_gives(sharing, pa
     if padded:
         mask[1, :5] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    calls = []
+    calls, steps = [], []
 
     def counted(query, *args, **options):
         calls.append(query.shape[2])
         return block_attention(query, *args, **options)
 
+    def counted_step(query, *args, **options):
+        steps.append(query.shape[2])
+        return step_attention(query, *args, **options)
+
     monkeypatch.setattr(layer_pass, "block_attention", counted)
+    monkeypatch.setattr(layer_pass, "step_attention", counted_step)
     outs = []
     for backend in ("", "reference"):
         monkeypatch.setenv("LORA_SHARED_CACHE_BACKEND", backend)
-        calls.clear()
+        calls.clear(), steps.clear()
         cache = SharedLoRACache(sharing=sharing)
         activate(model, "plan")
         places = dict(position_ids=positions[:, :40], attention_mask=mask[:, :40])
         first = logits(model, ids[:, :40], cache, **places)
         activate(model, "act")
-        places = dict(position_ids=positions[:, 40:], attention_mask=mask)
-        second = logits(model, ids[:, 40:], cache, **places)
-        outs.append(torch.cat((first, second[:, -30:]), dim=1)[mask.bool()])
+        second = logits(model, ids[:, 40:69], cache, position_ids=positions[:, 40:69], attention_mask=mask[:, :69])
+        last = logits(model, ids[:, 69:], cache, position_ids=positions[:, 69:], attention_mask=mask)
+        # Padding is a mask of its own.
+        assert bool(steps) == (backend == "" and not padded) and set(steps) <= {1}
+        outs.append(torch.cat((first, second[:, -29:], last), dim=1)[mask.bool()])
         assert bool(calls) == (backend == "") and min(calls, default=16) >= cpu_attention.MIN_TOKENS
     assert_equal_logits(*outs)
