@@ -509,19 +509,10 @@ class LayerPass:
             up = key_up if index is None else up_of_rows(key_up, index)
             key = self._expanded_keys(key, key_low_rank, up, gain, delta_gain)
             key_low_rank = key_up = gain = delta_gain = None
-        if self._plain_on_cpu(query, key_low_rank, kwargs):
-            if value_up is not None and index is not None:
-                value_up = up_of_rows(value_up, index)
-            options = dict(value_low_rank=value_low_rank, value_up=value_up, scale=kwargs["scale"])
-            if query.shape[2] >= MIN_TOKENS:
-                options.update(attention_mask=kwargs["attention_mask"], is_causal=kwargs["is_causal"])
-                return block_attention(query, key, value, **options)
-            if (
-                query.shape[2] == 1
-                and kwargs["attention_mask"] is None
-                and _same_wide_dtype(query, key, value, *options.values())
-            ):
-                return step_attention(query, key, value, **options)
+        if key_low_rank is None and backend == "reference" and attention_backend() is None and slot is None:
+            out = self._attend_on_cpu(query, key, value, value_low_rank, value_up, index, kwargs)
+            if out is not None:
+                return out
         cos = sin = weight = None
         if key_low_rank is not None and norm is not None:
             weight = norm.rotated_weight
@@ -553,13 +544,28 @@ class LayerPass:
         )
         return cast(torch.Tensor, out)
 
-    def _plain_on_cpu(self, query: torch.Tensor, key_low_rank: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether ``cpu_attention.py`` may serve: keys are expanded, and nothing is asked for but a mask of queries and keys."""
-        chosen = attention_backend() is not None or self.slot is not None or query.device.type != "cpu"
-        if chosen or key_low_rank is not None:
-            return False
-        mask = kwargs["attention_mask"]
-        return (mask is None or mask.dim() == 4) and all(kwargs.get(name) is None for name in ("softcap", "sinks"))
+    def _attend_on_cpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        value_low_rank: torch.Tensor | None,
+        value_up: torch.Tensor | None,
+        index: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """Attention with expanded keys by ``cpu_attention.py``, or None where the reference serves."""
+        mask, tokens = kwargs["attention_mask"], query.shape[2]
+        if (mask is not None and mask.dim() != 4) or any(kwargs.get(name) is not None for name in ("softcap", "sinks")):
+            return None
+        if value_up is not None and index is not None:
+            value_up = up_of_rows(value_up, index)
+        options = dict(value_low_rank=value_low_rank, value_up=value_up, scale=kwargs["scale"])
+        if tokens >= MIN_TOKENS:
+            return block_attention(query, key, value, attention_mask=mask, is_causal=kwargs["is_causal"], **options)
+        if tokens == 1 and mask is None and _same_wide_dtype(query, key, value, value_low_rank, value_up):
+            return step_attention(query, key, value, **options)
+        return None
 
     def _low_rank_of_keys(self, heads: int) -> tuple[torch.Tensor | None, ...]:
         """:meth:`_low_rank` of keys, and the "gain" and "delta_gain" (B, Hk, T) of a norm that they have, or None twice."""
