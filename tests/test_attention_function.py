@@ -123,12 +123,12 @@ def test_a_mask_of_four_dimensions_is_used_as_it_is():
 
 
 def test_the_low_rank_part_of_values_is_never_expanded(monkeypatch):
-    """What the attention is given: base values as they are stored, and (B, T, r) beside them."""
+    """What the attention of few tokens is given: base values as they are stored, and (B, T, r) beside them."""
     model = with_adapters(tiny_llama(), ["one"])
     seen = []
     import lora_shared_cache.layer_pass as layer_pass
 
-    for name in ("flash_lora_attention", "flash_lora_attention_reference"):
+    for name in ("flash_lora_attention", "flash_lora_attention_reference", "step_attention"):
         original = getattr(layer_pass, name, None)
         if original is None:
             continue
