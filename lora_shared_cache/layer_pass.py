@@ -558,12 +558,14 @@ class LayerPass:
         mask, tokens = kwargs["attention_mask"], query.shape[2]
         if (mask is not None and mask.dim() != 4) or any(kwargs.get(name) is not None for name in ("softcap", "sinks")):
             return None
+        if 1 < tokens < MIN_TOKENS or (tokens == 1 and mask is not None):
+            return None
         if value_up is not None and index is not None:
             value_up = up_of_rows(value_up, index)
         options = dict(value_low_rank=value_low_rank, value_up=value_up, scale=kwargs["scale"])
         if tokens >= MIN_TOKENS:
             return block_attention(query, key, value, attention_mask=mask, is_causal=kwargs["is_causal"], **options)
-        if tokens == 1 and mask is None and _same_wide_dtype(query, key, value, value_low_rank, value_up):
+        if _same_wide_dtype(query, key, value, value_low_rank, value_up):
             return step_attention(query, key, value, **options)
         return None
 

@@ -21,9 +21,8 @@ from .tiny import (
     activate,
     difference,
     feed,
-    fill_adapter,
+    logits,
     lora_layers,
-    reference,
     share_a,
     tiny_llama,
     tiny_ministral,
@@ -173,21 +172,18 @@ def test_an_adapter_for_each_row(devices):
 
 
 def test_weights_written_on_the_second_device_are_noticed(devices):
-    model, _ = both_ways(devices)
-    peft, ids = twin(model), tokens(24).to(devices[0])
-    cache = SharedLoRACache()
-    activate(model, "plan")
-    feed(model, ids[:, :20], cache, [20])
-    activate(model, "act")
-    feed(model, ids[:, 20:], cache, [4])
-    with torch.no_grad():
-        for one in (model, peft):
-            fill_adapter(one.get_base_model().model.layers[2], "act", seed=77)
-    # What is cached of the old weights is not read: "act" starts again, with all of the text its own.
-    cache.drop_adapter("plan")
-    cache.crop(-24)
-    activate(peft, "act")
-    assert close(feed(model, ids, cache, [24]), reference(peft, ids))
+    outs = []
+    for model in both_ways(devices):
+        ids, cache = tokens(24).to(devices[0]), SharedLoRACache(sharing="lr_precomputed")
+        activate(model, "plan")
+        feed(model, ids[:, :20], cache, [20])
+        assert cache.coverage()["act"] == 20
+        for module in (m for path, m in lora_layers(model) if "layers.2" in path):
+            module.lora_B["act"].weight.data.mul_(1.5)
+        activate(model, "act")
+        outs.append(logits(model, ids[:, 20:], cache))
+    # Its entries were those of other weights: all tokens are run again.
+    assert outs[0].shape[1] == 24 and close(*outs)
 
 
 def test_a_copy_and_selected_rows(devices):
